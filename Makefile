@@ -1,0 +1,53 @@
+# Every target that needs Python uses the locked environment in .venv, made on first use.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: help
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 14); sys.exit(0 if ok else f"Python 3.11 to 3.13 expected, {sys.version.split()[0]} found: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.installed-* && touch $@
+
+.PHONY: install
+install: $(STAMP) ## create .venv from the lock
+
+.PHONY: demo
+demo: $(STAMP) ## run the whole loop on real prices: train, serve, crash of 2008, drift, retrain
+	@$(BIN)/python -m deployments.demo
+
+.PHONY: up
+up: $(STAMP) ## start the local stack on fixed ports until Ctrl-C
+	@$(BIN)/python -m deployments.stack
+
+.PHONY: lint
+lint: $(STAMP) ## ruff, mypy strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+.PHONY: test
+test: lint ## linters, types, import contracts and all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: test-all
+test-all: lint ## make test and the slow tests
+	$(BIN)/python -m pytest
+
+.PHONY: bench-loop
+bench-loop: $(STAMP) ## measure the loop; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.loop
+
+.PHONY: format
+format: $(STAMP) ## format and fix imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

@@ -1,0 +1,190 @@
+"""One frozen settings class; every other module is handed an instance of it.
+
+Nothing is read when this module is imported: entry points (flows, the server, commands) call
+`load_settings()`, which reads `PERENNIAL_*` and the few variables that the stack's own packages
+define, and refuses keys that it does not know.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from forecasting.errors import ConfigError
+
+PREFIX = "PERENNIAL_"
+
+
+class Settings(BaseSettings):
+    """All settings of perennial. Each is the environment variable `PERENNIAL_<NAME>`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True
+    )
+
+    home: Path = Field(
+        Path(".perennial"),
+        description="Folder of all local state; made absolute once, when settings are built.",
+    )
+    # external services ------------------------------------------------------------------------
+    tracking_uri: str = Field(
+        "",
+        validation_alias=AliasChoices("PERENNIAL_TRACKING_URI", "MLFLOW_TRACKING_URI"),
+        description="MLflow tracking and registry; empty means SQLite under `home`.",
+    )
+    ray_address: str = Field(
+        "",
+        validation_alias=AliasChoices("PERENNIAL_RAY_ADDRESS", "RAY_ADDRESS"),
+        description="Ray cluster for the search; empty means Ray inside the flow's process.",
+    )
+    database_url: str = Field(
+        "",
+        description="SQLAlchemy URL of predictions, ledger and audit; empty means SQLite under `home`.",
+    )
+    dvc_remote: str = Field(
+        "", description="DVC remote URL that each new dataset version is pushed to; empty: none."
+    )
+    published_url: str = Field(
+        "",
+        description="fsspec URL where latest prices are published; empty: `home`/published.",
+    )
+    server_url: str = Field(
+        "http://127.0.0.1:8200",
+        description="Where a promotion asks the inference server which version it serves.",
+    )
+    # prices -----------------------------------------------------------------------------------
+    source: Literal["sample", "file", "yfinance"] = Field(
+        "sample", description="Price source: bokeh_sampledata, a file or URL, or Yahoo (extra)."
+    )
+    source_url: str = Field(
+        "",
+        description="For `file`: CSV or Parquet, any fsspec URL; `{symbol}` is replaced.",
+    )
+    fetch_attempts: int = Field(4, ge=1, description="Attempts to read a source before failing.")
+    # data and model ---------------------------------------------------------------------------
+    context: int = Field(64, ge=32, description="Rows of history that the network sees.")
+    horizon: int = Field(5, ge=1, le=20, description="Trading days ahead that are forecast.")
+    validation_days: int = Field(
+        120, ge=20, description="Windows before the gate's, used to choose a candidate."
+    )
+    seed: int = Field(7, description="Seed of every random choice in search and training.")
+    trials: int = Field(16, ge=1, description="Trials of one search.")
+    concurrency: int = Field(2, ge=1, description="Trials that run at the same time.")
+    epochs: int = Field(10, ge=1, description="Most epochs of one trial.")
+    fit_epochs: int = Field(40, ge=1, description="Most epochs of the final fit (early stopping).")
+    # gate -------------------------------------------------------------------------------------
+    gate_days: int = Field(
+        120, ge=20, description="Most recent windows on which every contestant is scored."
+    )
+    gate_tolerance: float = Field(
+        0.01,
+        ge=0,
+        description="Upper 95 % bound allowed for the relative CRPS difference to the random walk.",
+    )
+    # monitor ----------------------------------------------------------------------------------
+    drift_window: int = Field(60, ge=20, description="Trading days of recent data per comparison.")
+    drift_threshold: float = Field(
+        0.5,
+        gt=0,
+        description="Distance (in reference standard deviations) at which one feature has drifted.",
+    )
+    drift_share: float = Field(
+        0.5, gt=0, le=1, description="Share of drifted features at which a drift event is emitted."
+    )
+    retrain_cooldown_days: int = Field(
+        20, ge=0, description="Trading days during which a symbol is not retrained again."
+    )
+    # server -----------------------------------------------------------------------------------
+    host: str = Field("127.0.0.1", description="Address that the inference server binds.")
+    port: int = Field(8200, ge=1, le=65535, description="Port of the inference server.")
+    web_workers: int = Field(1, ge=1, description="Processes that answer HTTP.")
+    poll_seconds: float = Field(
+        0.3, gt=0, le=60, description="How often alias, prices and model store are looked at."
+    )
+    max_body_mb: float = Field(4.0, gt=0, description="Largest request body accepted.")
+    max_batch: int = Field(256, ge=1, description="Most windows in one request.")
+    confirm_seconds: float = Field(
+        10.0, ge=0, description="How long a promotion waits for the server to confirm a version."
+    )
+
+    @field_validator("home", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().resolve()
+
+    @property
+    def mlflow_uri(self) -> str:
+        """Tracking URI, the embedded default filled in."""
+        return self.tracking_uri or f"sqlite:///{self.home / 'mlflow' / 'mlflow.db'}"
+
+    @property
+    def mlflow_artifacts(self) -> Path:
+        """Artifact folder of the embedded MLflow."""
+        return self.home / "mlflow" / "artifacts"
+
+    @property
+    def sql_url(self) -> str:
+        """SQLAlchemy URL, the embedded default filled in."""
+        return self.database_url or f"sqlite:///{self.home / 'perennial.db'}"
+
+    @property
+    def data_dir(self) -> Path:
+        """The data registry (git + DVC)."""
+        return self.home / "data"
+
+    @property
+    def published(self) -> str:
+        """fsspec URL of published price snapshots."""
+        return self.published_url or str(self.home / "published")
+
+    @property
+    def model_store(self) -> Path:
+        """Verified model versions and snapshots, as the web workers read them."""
+        return self.home / "store"
+
+    @property
+    def spool_dir(self) -> Path:
+        """Prediction log before it is drained into SQL."""
+        return self.home / "spool"
+
+    @property
+    def quarantine_dir(self) -> Path:
+        """Refused price files."""
+        return self.home / "quarantine"
+
+    @property
+    def work_dir(self) -> Path:
+        """Candidates, checkpoints and other files between steps of a run."""
+        return self.home / "work"
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Build the settings from the environment.
+
+    Args:
+        overrides: field values that win over the environment.
+
+    Raises:
+        ConfigError: a value is out of range, or a `PERENNIAL_*` key is not known.
+    """
+    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    for key in sorted(os.environ):
+        if key.upper().startswith(PREFIX) and key.upper() not in known:
+            near = difflib.get_close_matches(key.upper(), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"Unknown setting {key}={os.environ[key]!r}.{hint} "
+                "The README's settings table lists every key; unset or rename this one."
+            )
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [
+            f"{PREFIX}{'.'.join(map(str, e['loc'])).removeprefix(PREFIX).upper()}: "
+            f"{e['msg']} (got {e.get('input')!r})"
+            for e in error.errors()
+        ]
+        raise ConfigError("Settings cannot be used:\n  " + "\n  ".join(lines)) from error

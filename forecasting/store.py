@@ -1,0 +1,149 @@
+"""The SQL engine and its tables: prediction log, promotions, retrain ledger, event outbox.
+
+SQLite under `home` by default, PostgreSQL by `PERENNIAL_DATABASE_URL`. SQLite runs in WAL mode so
+that the drainer can write while a flow reads.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    Column,
+    Date,
+    DateTime,
+    Engine,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    make_url,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from forecasting.errors import ServiceError
+
+metadata = MetaData()
+
+predictions = Table(
+    "predictions",
+    metadata,
+    Column("id", String(36), primary_key=True, comment="one answered forecast"),
+    Column("horizon", Integer, primary_key=True, comment="trading days ahead, from 1"),
+    Column("made_at", DateTime(timezone=True), nullable=False),
+    Column("source", String(8), nullable=False, comment="get: latest prices; post: client's rows"),
+    Column("symbol", String(32), nullable=False),
+    Column("forecaster", String(64), nullable=False),
+    Column("model_version", Integer, nullable=False),
+    Column("run_id", String(64), nullable=False),
+    Column("dataset_md5", String(64), nullable=False, comment="of the model; see prices_md5"),
+    Column("prices_md5", String(64), nullable=True, comment="dataset of the rows used, if ours"),
+    Column("origin", Date, nullable=False, comment="last row seen"),
+    Column("origin_close", Float, nullable=False),
+    Column("target", Date, nullable=False, comment="session that is forecast"),
+    Column("levels", JSON, nullable=False),
+    Column("quantiles", JSON, nullable=False, comment="prices, in units of the origin day"),
+    Column("actual", Float, nullable=True, comment="close on target in units of the origin day"),
+    Column("crps_bp", Float, nullable=True, comment="CRPS of the log return, basis points"),
+    Index("ix_predictions_join", "symbol", "target", "actual"),
+)
+
+promotions = Table(
+    "promotions",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("forecaster", String(64), nullable=False, index=True),
+    Column("version", Integer, nullable=False),
+    Column("previous", Integer, nullable=True, comment="version that held the alias before"),
+    Column("state", String(16), nullable=False, comment="intended|moved|confirmed|undone"),
+    Column("served", String(200), nullable=False, default="", comment="what the server said"),
+    Column("who", String(200), nullable=False),
+    Column("why", Text, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("updated_at", DateTime(timezone=True), nullable=False),
+)
+
+retrains = Table(
+    "retrains",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("symbol", String(32), nullable=False, index=True),
+    Column("as_of", Date, nullable=False),
+    Column("trigger", Text, nullable=False),
+    Column("flow_run_id", String(36), nullable=False),
+    Column(
+        "state",
+        String(16),
+        nullable=False,
+        comment="running|promoted|refused|unchanged|failed|skipped",
+    ),
+    Column("reason", Text, nullable=False, default=""),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+outbox = Table(
+    "outbox",
+    metadata,
+    Column("id", String(36), primary_key=True, comment="event id"),
+    Column("name", String(120), nullable=False),
+    Column("resource", String(200), nullable=False),
+    Column("payload", JSON, nullable=False),
+    Column("occurred_at", DateTime(timezone=True), nullable=False),
+    Column("attempts", Integer, nullable=False, default=0),
+    Column("delivered_at", DateTime(timezone=True), nullable=True),
+)
+
+
+def now() -> datetime:
+    """The present, timezone-aware."""
+    return datetime.now(UTC)
+
+
+def open_engine(url: str) -> Engine:
+    """Engine for `url` with all tables present.
+
+    Raises:
+        ServiceError: the database cannot be reached or is not a database.
+    """
+    parsed = make_url(url)
+    sqlite = parsed.get_backend_name() == "sqlite"
+    if sqlite and parsed.database:
+        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+    if parsed.drivername == "postgresql":
+        parsed = parsed.set(drivername="postgresql+psycopg")
+    engine = create_engine(parsed, connect_args={"timeout": 30} if sqlite else {})
+    if sqlite:
+        event.listen(engine, "connect", _sqlite_pragmas)
+    try:
+        metadata.create_all(engine)
+    except SQLAlchemyError as error:
+        engine.dispose()
+        raise ServiceError(
+            f"The database {parsed.render_as_string(hide_password=True)} cannot be used: "
+            f"{getattr(error, 'orig', error)}. Check PERENNIAL_DATABASE_URL; a damaged SQLite file "
+            "can be moved away and is made anew (the spool keeps undrained predictions)."
+        ) from error
+    return engine
+
+
+def _sqlite_pragmas(connection: Any, _record: object) -> None:  # noqa: ANN401  (DBAPI object)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+@contextmanager
+def engine_of(url: str) -> Iterator[Engine]:
+    """An engine that is disposed of at the end, for one-off work."""
+    engine = open_engine(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
