@@ -11,7 +11,7 @@
     │   ├── ContractError      a model folder is incomplete, altered or of another contract version
     │   └── TrainingError      a fit or an export broke (diverged, not reproducible)
     ├── RegistryError          the model registry is away, or holds no such version or alias
-    └── ServiceError           another service (Prefect, server, database) did not answer as expected
+    └── ServiceError           another service (Prefect, server, database) misbehaved
 
 Every message says what was expected, what came, and what to do next.
 """

@@ -18,7 +18,7 @@ _FIRST_YEAR, _LAST_YEAR = 1985, 2050
 @cache
 def _calendar() -> np.busdaycalendar:
     closed = holidays.financial_holidays(EXCHANGE, years=range(_FIRST_YEAR, _LAST_YEAR + 1))
-    return np.busdaycalendar(holidays=sorted(day.isoformat() for day in closed))
+    return np.busdaycalendar(holidays=[np.datetime64(day) for day in sorted(closed)])
 
 
 def is_session(day: date) -> bool:

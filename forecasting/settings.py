@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     )
     database_url: str = Field(
         "",
-        description="SQLAlchemy URL of predictions, ledger and audit; empty means SQLite under `home`.",
+        description="SQLAlchemy URL of predictions and ledgers; empty means SQLite under `home`.",
     )
     dvc_remote: str = Field(
         "", description="DVC remote URL that each new dataset version is pushed to; empty: none."
