@@ -6,6 +6,7 @@ purpose (numpy-free, no pandas), since the web workers import it.
 """
 
 import hashlib
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -141,3 +142,17 @@ def verify_files(folder: Path, contract: Contract) -> None:
         got = sha256_file(path)
         if got != expected:
             raise ContractError(f"{path} is altered: sha256 {expected} expected, {got} found.")
+
+
+def seal(folder: Path, facts: Mapping[str, object]) -> Contract:
+    """Write `contract.json` into a folder that holds the model's files; hashes are taken here.
+
+    Args:
+        folder: holds `model.onnx` and `golden.json`; every other file in it is named too.
+        facts: the fields of `Contract` but `files`.
+    """
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and p.name != CONTRACT_FILE)
+    files = {name: sha256_file(folder / name) for name in names}
+    contract = msgspec.convert({**facts, "files": files}, Contract)
+    (folder / CONTRACT_FILE).write_bytes(encode(contract))
+    return contract

@@ -1,0 +1,95 @@
+"""The retrain ledger: who asked for a retrain, what came of it, and the cooldown between two."""
+
+import uuid
+from dataclasses import dataclass
+from datetime import date
+
+from sqlalchemy import Connection, Engine, insert, select, text, update
+
+from forecasting.sessions import count_sessions
+from forecasting.store import now, retrains
+
+COUNTED = ("running", "promoted", "refused", "unchanged")
+"""States that start a cooldown; a failed or skipped retrain does not."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ledger."""
+
+    id: str
+    skipped: bool
+    reason: str
+
+
+def claim(
+    engine: Engine,
+    *,
+    symbol: str,
+    as_of: date,
+    trigger: str,
+    flow_run_id: str,
+    cooldown_days: int,
+) -> Entry:
+    """Write a request into the ledger; skipped if the symbol's cooldown has not passed.
+
+    The check and the line are one transaction that excludes other writers, so that two requests
+    at once cannot both pass.
+
+    Args:
+        engine: from `store.open_engine`.
+        symbol: whose forecaster.
+        as_of: the market day of the request; the cooldown counts market days.
+        trigger: what asked.
+        flow_run_id: the Prefect flow run; a repeated call by the same run is granted again.
+        cooldown_days: trading days between two retrains of one symbol.
+    """
+    identity = str(uuid.uuid4())
+    with engine.connect() as connection:
+        _exclude_writers(connection)
+        reason = _cooling(connection, symbol, as_of, flow_run_id, cooldown_days)
+        connection.execute(
+            insert(retrains).values(
+                id=identity,
+                symbol=symbol,
+                as_of=as_of,
+                trigger=trigger,
+                flow_run_id=flow_run_id,
+                state="skipped" if reason else "running",
+                reason=reason,
+                created_at=now(),
+            )
+        )
+        connection.commit()
+    return Entry(identity, bool(reason), reason)
+
+
+def close(engine: Engine, identity: str, state: str, reason: str) -> None:
+    """Write down what came of a retrain."""
+    with engine.begin() as connection:
+        connection.execute(
+            update(retrains).where(retrains.c.id == identity).values(state=state, reason=reason)
+        )
+
+
+def _exclude_writers(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.execute(text("LOCK TABLE retrains IN SHARE ROW EXCLUSIVE MODE"))
+
+
+def _cooling(
+    connection: Connection, symbol: str, as_of: date, flow_run_id: str, cooldown_days: int
+) -> str:
+    query = select(retrains.c.as_of, retrains.c.state, retrains.c.flow_run_id).where(
+        retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED)
+    )
+    for day, state, run in connection.execute(query):
+        distance = abs(count_sessions(day, as_of))
+        if distance < cooldown_days and run != flow_run_id:
+            return (
+                f"{symbol} was retrained ({state}) as of {day}, {distance} trading days from "
+                f"{as_of}; the cooldown is {cooldown_days} (PERENNIAL_RETRAIN_COOLDOWN_DAYS)."
+            )
+    return ""

@@ -1,0 +1,38 @@
+"""What a cached step depends on: dataset version, code and parameters, never a DataFrame."""
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import msgspec
+
+import forecasting
+import tasks
+
+PACKAGES = ("torch", "lightning", "ray", "optuna", "onnx", "numpy")
+"""Packages whose version changes what a search or a fit finds."""
+
+
+@cache
+def code_fingerprint() -> str:
+    """Hash of the sources that windows, search and fit run, and of the packages below them."""
+    digest = hashlib.sha256()
+    for module, names in (
+        (forecasting, ("contract", "windows", "network", "model", "metrics")),
+        (tasks, ("search",)),
+    ):
+        folder = Path(next(iter(module.__path__)))
+        for name in names:
+            path = folder / f"{name}.py"
+            digest.update(path.read_bytes() if path.is_file() else b"")
+    for package in PACKAGES:
+        digest.update(f"{package}=={version(package)}".encode())
+    return digest.hexdigest()
+
+
+def cache_key(step: str, dataset_md5: str, parameters: Mapping[str, object]) -> str:
+    """Key of one step's result; equal only if data, code and parameters are."""
+    described = msgspec.json.encode([step, dataset_md5, parameters], order="deterministic")
+    return f"{step}-{hashlib.sha256(described + code_fingerprint().encode()).hexdigest()[:32]}"
