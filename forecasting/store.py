@@ -1,4 +1,4 @@
-"""The SQL engine and its tables: prediction log, promotions, retrain ledger, event outbox.
+"""The SQL engine and its tables: prediction log, promotions, retrains, drift checks, outbox.
 
 SQLite under `home` by default, PostgreSQL by `PERENNIAL_DATABASE_URL`. SQLite runs in WAL mode so
 that the drainer can write while a flow reads.
@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    Boolean,
     Column,
     Date,
     DateTime,
@@ -86,6 +87,21 @@ retrains = Table(
         comment="running|promoted|refused|unchanged|failed|skipped",
     ),
     Column("reason", Text, nullable=False, default=""),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+checks = Table(
+    "checks",
+    metadata,
+    Column("symbol", String(32), primary_key=True),
+    Column("as_of", Date, primary_key=True),
+    Column("forecaster", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True, comment="in production when checked"),
+    Column("share", Float, nullable=False, comment="share of features that drifted"),
+    Column("threshold", Float, nullable=False),
+    Column("drifted", Boolean, nullable=False),
+    Column("features", JSON, nullable=False, comment="distance of each feature"),
+    Column("flow_run_id", String(36), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
 
