@@ -64,6 +64,7 @@ promotions = Table(
     Column("forecaster", String(64), nullable=False, index=True),
     Column("version", Integer, nullable=False),
     Column("previous", Integer, nullable=True, comment="version that held the alias before"),
+    Column("fallback", Integer, nullable=True, comment="version that was `previous` before"),
     Column("state", String(16), nullable=False, comment="intended|moved|confirmed|undone"),
     Column("served", String(200), nullable=False, default="", comment="what the server said"),
     Column("who", String(200), nullable=False),

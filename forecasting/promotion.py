@@ -1,0 +1,394 @@
+"""Promotion of a model version: intent first, move the aliases, let the server confirm.
+
+Every promotion is one line of the table `promotions`, written before anything moves:
+
+    intended ──▶ moved ──▶ confirmed        a server said that it serves the version
+        └──────────┴─────▶ undone           the aliases are back where they were
+
+A process that is killed on the way leaves its line `intended` or `moved`; `reconcile` finishes it
+or puts the aliases back. Where no server answers a promotion stands as `moved`, and the next
+`reconcile` confirms it if the version loads. One promotion of a forecaster at a time: a lock file
+under `home`, which the operating system releases when its holder dies.
+"""
+
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import httpx
+import msgspec
+from filelock import FileLock, Timeout
+from sqlalchemy import Engine, Row, insert, select, update
+
+from forecasting.errors import ContractError, PerennialError, RegistryError, ServiceError
+from forecasting.inference import Forecaster
+from forecasting.registry import PREVIOUS, PRODUCTION, Registry
+from forecasting.settings import Settings
+from forecasting.store import now, promotions
+
+OPEN = ("intended", "moved")
+SILENT_SECONDS = 1.0
+"""How long an address may refuse connections before it counts as no server."""
+_ASK_SECONDS, _POLL_SECONDS, _LOCK_SECONDS = 2.0, 0.1, 60.0
+
+
+@dataclass(frozen=True)
+class PromotionResult:
+    """What came of a promotion that stands.
+
+    Attributes:
+        previous: version that `previous` names now, None for the first one.
+        served: what the server said.
+        confirmed: whether a server said that it serves `version`.
+        promotion: line of the ledger, to `undo` it; empty if `version` was in production already.
+    """
+
+    forecaster: str
+    version: int
+    previous: int | None
+    served: str
+    confirmed: bool
+    promotion: str = ""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """One line of the ledger: who put which version into production, when and why.
+
+    `previous` held `production` before, `fallback` held `previous` before.
+    """
+
+    id: str
+    forecaster: str
+    version: int
+    previous: int | None
+    fallback: int | None
+    state: Literal["intended", "moved", "confirmed", "undone"]
+    served: str
+    who: str
+    why: str
+    created_at: datetime
+    updated_at: datetime
+
+
+def promote(
+    settings: Settings,
+    registry: Registry,
+    engine: Engine,
+    forecaster: str,
+    version: int,
+    who: str,
+    why: str,
+) -> PromotionResult:
+    """Put `version` into production and wait until the server serves it.
+
+    What an earlier, killed promotion of the forecaster left behind is reconciled first. Promoting
+    the version in production changes nothing and asks the server again.
+
+    Raises:
+        RegistryError: no such version, or the registry is away.
+        ServiceError: the server refused the version; the aliases are back where they were.
+    """
+    with _exclusive(settings, forecaster):
+        _reconcile(settings, registry, engine, forecaster)
+        registry.version(forecaster, version)
+        aliases = registry.aliases(forecaster)
+        if aliases.get(PRODUCTION) == version:
+            answer = _wait_served(settings, forecaster, version)
+            return PromotionResult(
+                forecaster, version, aliases.get(PREVIOUS), answer.text, answer.kind == "serves"
+            )
+        line = _intend(engine, forecaster, version, aliases, who, why)
+        try:
+            _move(registry, engine, line)
+            return _confirm(settings, engine, line)
+        except PerennialError as error:
+            _undo_after(error, registry, engine, line)
+            raise
+
+
+def undo(
+    settings: Settings, registry: Registry, engine: Engine, promotion: str, reason: str
+) -> Promotion:
+    """Put the aliases back where they were before a promotion; its line afterwards.
+
+    Aliases that somebody moved since are left alone. Doing it twice is the same as once.
+
+    Raises:
+        RegistryError: no such promotion, or the registry is away.
+    """
+    line = _line(engine, promotion)
+    with _exclusive(settings, line.forecaster):
+        _undo(registry, engine, line, reason)
+    return _line(engine, promotion)
+
+
+def reconcile(
+    settings: Settings, registry: Registry, engine: Engine, forecaster: str | None = None
+) -> list[Promotion]:
+    """Finish or undo what killed promotions left behind; the lines as they are afterwards.
+
+    A version that holds `production` and is served, or at least loads, is confirmed; anything else
+    is undone. Without `forecaster`, of all forecasters. Costs one query when nothing is open.
+    """
+    names = sorted({line.forecaster for line in _open_lines(engine, forecaster)})
+    settled: list[Promotion] = []
+    for name in names:
+        with _exclusive(settings, name):
+            settled += _reconcile(settings, registry, engine, name)
+    return settled
+
+
+def history(engine: Engine, forecaster: str) -> list[Promotion]:
+    """Every promotion of a forecaster, newest first."""
+    query = (
+        select(promotions)
+        .where(promotions.c.forecaster == forecaster)
+        .order_by(promotions.c.created_at.desc())
+    )
+    with engine.connect() as connection:
+        return [_as_line(row) for row in connection.execute(query)]
+
+
+# steps ------------------------------------------------------------------------------------------
+
+
+def _intend(
+    engine: Engine, forecaster: str, version: int, aliases: dict[str, int], who: str, why: str
+) -> Promotion:
+    identity = str(uuid.uuid4())
+    with engine.begin() as connection:
+        connection.execute(
+            insert(promotions).values(
+                id=identity,
+                forecaster=forecaster,
+                version=version,
+                previous=aliases.get(PRODUCTION),
+                fallback=aliases.get(PREVIOUS),
+                state="intended",
+                who=who,
+                why=why,
+                created_at=now(),
+                updated_at=now(),
+            )
+        )
+    return _line(engine, identity)
+
+
+def _move(registry: Registry, engine: Engine, line: Promotion) -> None:
+    if line.previous is not None:
+        registry.set_alias(line.forecaster, PREVIOUS, line.previous)
+    registry.set_alias(line.forecaster, PRODUCTION, line.version)
+    _record(engine, line, "moved", "")
+
+
+def _confirm(settings: Settings, engine: Engine, line: Promotion) -> PromotionResult:
+    answer = _wait_served(settings, line.forecaster, line.version)
+    if answer.kind == "refused":
+        raise ServiceError(
+            f"{answer.text} The aliases of {line.forecaster} were put back "
+            f"(production: {line.previous or 'none'})."
+        )
+    confirmed = answer.kind == "serves"
+    _record(engine, line, "confirmed" if confirmed else "moved", answer.text)
+    return PromotionResult(
+        line.forecaster, line.version, line.previous, answer.text, confirmed, line.id
+    )
+
+
+def _undo(registry: Registry, engine: Engine, line: Promotion, reason: str) -> None:
+    if line.state == "undone":
+        return
+    if history(engine, line.forecaster)[0].id == line.id:
+        _put_back(registry, line)
+    _record(engine, line, "undone", reason)
+
+
+def _undo_after(error: PerennialError, registry: Registry, engine: Engine, line: Promotion) -> None:
+    """Undo because of `error`; where that fails too, say so and leave it to `reconcile`."""
+    try:
+        _undo(registry, engine, line, str(error))
+    except RegistryError as again:
+        error.add_note(
+            f"The aliases could not be put back either ({again}); the next train, retrain or "
+            "rollback reconciles them."
+        )
+
+
+def _put_back(registry: Registry, line: Promotion) -> None:
+    """Undo `_move`, whichever of its steps were taken, and whichever of these were already."""
+    held = registry.aliases(line.forecaster)
+    if held.get(PRODUCTION) == line.version:
+        _point(registry, line.forecaster, PRODUCTION, line.previous)
+    elif held.get(PRODUCTION) != line.previous:
+        return  # moved by somebody else since
+    if held.get(PREVIOUS) == line.previous != line.fallback:
+        _point(registry, line.forecaster, PREVIOUS, line.fallback)
+
+
+def _point(registry: Registry, forecaster: str, alias: str, version: int | None) -> None:
+    if version is None:
+        registry.delete_alias(forecaster, alias)
+    else:
+        registry.set_alias(forecaster, alias, version)
+
+
+def _reconcile(
+    settings: Settings, registry: Registry, engine: Engine, forecaster: str
+) -> list[Promotion]:
+    lines = _open_lines(engine, forecaster)
+    for line in lines:
+        if registry.alias(forecaster, PRODUCTION) != line.version:
+            _undo(registry, engine, line, "reconciled: the alias had not moved.")
+            continue
+        answer = _ask(settings, forecaster, line.version)
+        broken = answer.text if answer.kind == "refused" else ""
+        if answer.kind in ("behind", "silent"):
+            broken = _broken(registry, line)
+        if broken:
+            _undo(registry, engine, line, f"reconciled: {broken}")
+        else:
+            loads = "" if answer.kind == "serves" else " The version loads."
+            _record(engine, line, "confirmed", f"reconciled: {answer.text}{loads}")
+    return [_line(engine, line.id) for line in lines]
+
+
+def _broken(registry: Registry, line: Promotion) -> str:
+    """Why the version does not load; empty if it does."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = registry.download(line.forecaster, line.version, Path(scratch))
+        try:
+            Forecaster.load(folder, line.version)
+        except ContractError as error:
+            return str(error)
+    return ""
+
+
+# the server -------------------------------------------------------------------------------------
+
+
+class _Model(msgspec.Struct):
+    forecaster: str
+    version: int
+
+
+class _Refusal(msgspec.Struct):
+    name: str
+    version: int | None
+    reason: str
+
+
+class _Models(msgspec.Struct):
+    """The part of GET /v1/models that matters here."""
+
+    models: list[_Model]
+    refused: list[_Refusal] = []
+
+
+@dataclass(frozen=True)
+class _Answer:
+    kind: Literal["serves", "refused", "behind", "silent"]
+    text: str
+
+
+def _wait_served(settings: Settings, forecaster: str, version: int) -> _Answer:
+    """Ask until the server serves or refuses the version, or patience ends."""
+    start = time.monotonic()
+    while True:
+        answer = _ask(settings, forecaster, version)
+        waited = time.monotonic() - start
+        patience = settings.confirm_seconds
+        if answer.kind == "silent":
+            patience = min(patience, SILENT_SECONDS)
+        if answer.kind in ("serves", "refused") or waited >= patience:
+            return answer
+        time.sleep(_POLL_SECONDS)
+
+
+def _ask(settings: Settings, forecaster: str, version: int) -> _Answer:
+    """Ask the server once what it serves."""
+    url = settings.server_url.rstrip("/")
+    if not url:
+        return _Answer("silent", "No server is configured (PERENNIAL_SERVER_URL is empty).")
+    try:
+        response = httpx.get(f"{url}/v1/models", timeout=_ASK_SECONDS)
+    except httpx.TransportError:
+        return _Answer("silent", f"No server answered at {url}.")
+    try:
+        found = msgspec.json.decode(response.content, type=_Models)
+    except msgspec.DecodeError:
+        return _Answer(
+            "behind", f"{url}/v1/models answered {response.status_code} and no list of models."
+        )
+    for refusal in found.refused:
+        if (refusal.name, refusal.version) == (forecaster, version):
+            return _Answer(
+                "refused", f"{url} refused {forecaster} version {version}: {refusal.reason}"
+            )
+    serving = {model.forecaster: model.version for model in found.models}.get(forecaster)
+    if serving == version:
+        return _Answer("serves", f"{url} serves {forecaster} version {version}.")
+    instead = f"version {serving}" if serving is not None else "no version"
+    return _Answer("behind", f"{url} serves {instead} of {forecaster}, not yet version {version}.")
+
+
+# the ledger -------------------------------------------------------------------------------------
+
+
+def _record(engine: Engine, line: Promotion, state: str, served: str) -> None:
+    with engine.begin() as connection:
+        connection.execute(
+            update(promotions)
+            .where(promotions.c.id == line.id)
+            .values(state=state, served=served[:200], updated_at=now())
+        )
+
+
+def _open_lines(engine: Engine, forecaster: str | None) -> list[Promotion]:
+    """Lines that neither stand nor fell, newest first."""
+    query = (
+        select(promotions)
+        .where(promotions.c.state.in_(OPEN))
+        .order_by(promotions.c.created_at.desc())
+    )
+    if forecaster is not None:
+        query = query.where(promotions.c.forecaster == forecaster)
+    with engine.connect() as connection:
+        return [_as_line(row) for row in connection.execute(query)]
+
+
+def _line(engine: Engine, identity: str) -> Promotion:
+    with engine.connect() as connection:
+        row = connection.execute(select(promotions).where(promotions.c.id == identity)).first()
+    if row is None:
+        raise RegistryError(f"The ledger holds no promotion {identity!r}; see its history.")
+    return _as_line(row)
+
+
+def _as_line(row: Row[tuple[object, ...]]) -> Promotion:
+    values = dict(row._mapping)
+    for key in ("created_at", "updated_at"):  # SQLite gives them back without their zone
+        values[key] = values[key].replace(tzinfo=values[key].tzinfo or UTC)
+    return Promotion(**values)
+
+
+@contextmanager
+def _exclusive(settings: Settings, forecaster: str) -> Iterator[None]:
+    """Hold the forecaster's lock."""
+    path = settings.home / "locks" / f"promotion-{forecaster}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    seconds = settings.confirm_seconds + _LOCK_SECONDS
+    try:
+        with FileLock(path, timeout=seconds):
+            yield
+    except Timeout as error:
+        raise ServiceError(
+            f"Another promotion of {forecaster} holds {path} for more than {seconds:.0f} s; "
+            "look for a hanging train, retrain or rollback."
+        ) from error
