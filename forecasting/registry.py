@@ -14,11 +14,11 @@ import platform
 import sqlite3
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -159,6 +159,10 @@ class Registry:
         self.finish(run_id, status)
         return run_id
 
+    def trial_logger(self, parent_run_id: str) -> Callable[..., str]:
+        """`log_trial` below one parent run, to be called as trials end."""
+        return partial(self.log_trial, parent_run_id)
+
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Keep a file as an artifact of a run, below `folder`."""
         with self._talk(f"keep {path.name}"):
@@ -268,6 +272,12 @@ class Registry:
                 token = page.token
                 if not token:
                     return sorted(found, key=lambda info: -info.version)
+
+    def tag_version(self, forecaster: str, version: int, tags: Mapping[str, str]) -> None:
+        """Set tags of a version; one call each."""
+        with self._talk(f"tag {forecaster} version {version}"):
+            for key, value in tags.items():
+                self._client.set_model_version_tag(forecaster, str(version), key, value)
 
     def download(self, forecaster: str, version: int, dst: Path) -> Path:
         """Copy the files of a version into the folder `dst` (made if missing); `dst`.
