@@ -1,4 +1,4 @@
-"""Tiny but real model folders and price rows for tests: a few ONNX nodes that honour the contract."""
+"""Tiny but real model folders and price rows for tests: ONNX nodes that honour the contract."""
 
 import math
 from datetime import date

@@ -1,0 +1,196 @@
+"""The prediction log in SQL: drain the spool into it, join with what came, read scores."""
+
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from sqlalchemy import Engine, Row, bindparam, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
+
+from forecasting import metrics
+from forecasting.errors import ServiceError
+from forecasting.predictions import Prediction, open_segments
+from forecasting.store import predictions
+
+_JOIN_ROWS = 5000
+
+
+def drain(engine: Engine, folder: Path) -> int:
+    """Move every finished line of the spool folder into `predictions`.
+
+    A line that is already there (a crash came between the commit and the note of it) is skipped.
+    Lines that the database refuses for their content are set aside in a `.bad` file.
+
+    Returns:
+        How many answers were read and are now stored.
+
+    Raises:
+        ServiceError: the database does not take them; the spool is kept as it is.
+    """
+    stored = 0
+    with open_segments(folder) as segments:
+        for segment in segments:
+            while batch := segment.read():
+                refused = _store(engine, batch.records)
+                segment.commit(batch, refused)
+                stored += len(batch.records) - len(refused)
+            if segment.finished:
+                segment.remove()
+    return stored
+
+
+def _store(engine: Engine, records: list[tuple[bytes, Prediction]]) -> list[bytes]:
+    """Insert records; returns the lines that the database refuses for their content."""
+    if not records:
+        return []
+    try:
+        _insert(engine, [record for _, record in records])
+    except (DataError, IntegrityError):
+        if len(records) == 1:
+            return [records[0][0]]
+        middle = len(records) // 2
+        return _store(engine, records[:middle]) + _store(engine, records[middle:])
+    except SQLAlchemyError as error:
+        raise ServiceError(
+            f"The database {engine.url.render_as_string(hide_password=True)} does not take "
+            f"predictions: {getattr(error, 'orig', error)}. The spool keeps them; check "
+            "PERENNIAL_DATABASE_URL and the database."
+        ) from error
+    return []
+
+
+def _insert(engine: Engine, records: list[Prediction]) -> None:
+    dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(predictions).on_conflict_do_nothing()
+    with engine.begin() as connection:
+        connection.execute(statement, [row for record in records for row in _rows(record)])
+
+
+def _rows(record: Prediction) -> list[dict[str, Any]]:
+    shared = {
+        name: getattr(record, name)
+        for name in record.__struct_fields__
+        if name not in ("targets", "quantiles")
+    }
+    return [
+        {**shared, "horizon": step, "target": target, "quantiles": quantiles}
+        for step, (target, quantiles) in enumerate(
+            zip(record.targets, record.quantiles, strict=True), start=1
+        )
+    ]
+
+
+def join_actuals(engine: Engine, symbol: str, frame: pd.DataFrame, as_of: date) -> int:
+    """Fill `actual` and `crps_bp` of forecasts whose target session is known.
+
+    The actual is told in the units of the origin day, `origin_close * exp(log return)`, with the
+    log return taken from the adjusted frame: a split between origin and target changes nothing.
+    CRPS is of the log return in basis points, 2 * mean pinball loss over the levels.
+
+    Args:
+        engine: of the prediction log.
+        symbol: whose forecasts are joined.
+        frame: adjusted prices as known on `as_of`, indexed by session.
+        as_of: targets after this day stay open, whatever the frame holds.
+
+    Returns:
+        How many forecasts (one a horizon) were filled. Those whose origin or target session is
+        not in the frame stay open.
+    """
+    closes = frame["close"].loc[: pd.Timestamp(as_of)]
+    days = pd.DatetimeIndex(closes.index).date
+    by_day: dict[date, float] = dict(zip(days, closes.tolist(), strict=True))
+    query = select(predictions).where(
+        predictions.c.symbol == symbol,
+        predictions.c.actual.is_(None),
+        predictions.c.target <= as_of,
+    )
+    with engine.begin() as connection:
+        rows = connection.execute(query).all()
+        filled = [
+            values
+            for start in range(0, len(rows), _JOIN_ROWS)
+            for values in _outcomes(rows[start : start + _JOIN_ROWS], by_day)
+        ]
+        if filled:
+            statement = (
+                update(predictions)
+                .where(
+                    predictions.c.id == bindparam("key_id"),
+                    predictions.c.horizon == bindparam("key_horizon"),
+                )
+                .values(actual=bindparam("new_actual"), crps_bp=bindparam("new_crps"))
+            )
+            connection.execute(statement, filled)
+    return len(filled)
+
+
+def _outcomes(rows: Sequence[Row[Any]], by_day: dict[date, float]) -> list[dict[str, Any]]:
+    known = [row for row in rows if row.origin in by_day and row.target in by_day]
+    filled: list[dict[str, Any]] = []
+    for levels in {tuple(row.levels) for row in known}:
+        same = [row for row in known if tuple(row.levels) == levels]
+        returns = np.log([by_day[row.target] / by_day[row.origin] for row in same])
+        origin = np.array([row.origin_close for row in same])
+        quantiles = np.log(np.array([row.quantiles for row in same]) / origin[:, None])
+        scores = metrics.crps(returns, quantiles, levels) * metrics.BASIS_POINTS
+        filled += [
+            {
+                "key_id": row.id,
+                "key_horizon": row.horizon,
+                "new_actual": float(close * np.exp(value)),
+                "new_crps": float(score),
+            }
+            for row, close, value, score in zip(same, origin, returns, scores, strict=True)
+        ]
+    return filled
+
+
+def scored(
+    engine: Engine,
+    symbol: str,
+    *,
+    since: date | None = None,
+    until: date | None = None,
+    version: int | None = None,
+    source: str | None = None,
+) -> pd.DataFrame:
+    """Forecasts that have their actual, by target and horizon.
+
+    Args:
+        engine: of the prediction log.
+        symbol: whose forecasts.
+        since: first target session.
+        until: last target session.
+        version: only forecasts of this model version.
+        source: `get` or `post` only.
+
+    Returns:
+        All columns of `predictions`, dates as timestamps, and `median` (price).
+    """
+    query = select(predictions).where(
+        predictions.c.symbol == symbol, predictions.c.actual.is_not(None)
+    )
+    if since is not None:
+        query = query.where(predictions.c.target >= since)
+    if until is not None:
+        query = query.where(predictions.c.target <= until)
+    if version is not None:
+        query = query.where(predictions.c.model_version == version)
+    if source is not None:
+        query = query.where(predictions.c.source == source)
+    query = query.order_by(predictions.c.target, predictions.c.horizon, predictions.c.made_at)
+    with engine.connect() as connection:
+        rows = connection.execute(query).mappings().all()
+    table = pd.DataFrame(rows, columns=[column.name for column in predictions.columns])
+    table["origin"] = pd.to_datetime(table["origin"])
+    table["target"] = pd.to_datetime(table["target"])
+    table["median"] = [
+        float(np.interp(0.5, levels, quantiles))
+        for levels, quantiles in zip(table["levels"], table["quantiles"], strict=True)
+    ]
+    return table

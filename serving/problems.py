@@ -1,0 +1,186 @@
+"""Errors as problem+json (RFC 9457), each with a stable `type`."""
+
+import logging
+from http import HTTPStatus
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException
+from litestar.types import ExceptionHandlersMap
+
+from forecasting.errors import PerennialError
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 5
+
+
+class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The body of every error answer."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str = ""
+
+
+class ProblemError(PerennialError):
+    """A request that is answered with a problem.
+
+    Args:
+        kind: last part of the problem's `type`, which never changes its meaning.
+        status: HTTP status.
+        title: the kind in words.
+        detail: what was expected, what came, what to do.
+    """
+
+    def __init__(self, kind: str, status: int, title: str, detail: str) -> None:
+        super().__init__(detail)
+        self.kind = kind
+        self.status = status
+        self.title = title
+        self.detail = detail
+
+
+def unknown_symbol(symbol: str, served: list[str]) -> ProblemError:
+    """404: no model serves the symbol."""
+    return ProblemError(
+        "unknown-symbol",
+        404,
+        "Unknown symbol",
+        f"One of {_some(served)} was expected; got {symbol!r}. GET /v1/models lists every symbol "
+        "that is served; train and promote a model for another one.",
+    )
+
+
+def no_model() -> ProblemError:
+    """503: nothing is served yet."""
+    return ProblemError(
+        "no-model",
+        503,
+        "No model yet",
+        "No model version has been promoted to this server yet, or none could be loaded (GET "
+        "/v1/models says why). Train one (the deployment `train`) and try again.",
+    )
+
+
+def no_prices(symbol: str, reason: str) -> ProblemError:
+    """503: there is a model, but not enough known rows of the symbol."""
+    return ProblemError(
+        "no-prices",
+        503,
+        "No usable latest prices",
+        f"The latest prices of {symbol} cannot be forecast from: {reason} Ingest the symbol again, "
+        "or POST rows of your own to /v1/forecast.",
+    )
+
+
+def malformed_json(error: Exception) -> ProblemError:
+    """400: the body is no JSON."""
+    return ProblemError(
+        "malformed-json",
+        400,
+        "Malformed JSON",
+        f"A JSON object was expected; the body cannot be parsed: {error}. Send "
+        '{"symbol": ..., "rows": [{"date": ..., "open": ..., ...}, ...]}.',
+    )
+
+
+def invalid_request(error: Exception, expected: str) -> ProblemError:
+    """422: JSON of another shape."""
+    return ProblemError(
+        "invalid-request", 422, "Invalid request", f"{error}. Expected: {expected}."
+    )
+
+
+def bad_prices(detail: str) -> ProblemError:
+    """422: values that cannot be prices."""
+    return ProblemError("bad-prices", 422, "Bad prices", detail)
+
+
+def bad_dates(detail: str) -> ProblemError:
+    """422: rows out of order, or out of the calendar."""
+    return ProblemError("bad-dates", 422, "Bad dates", detail)
+
+
+def too_few_rows(needed: int, got: int) -> ProblemError:
+    """422: less history than the model sees."""
+    return ProblemError(
+        "too-few-rows",
+        422,
+        "Too few rows",
+        f"At least {needed} rows (trading days) were expected; got {got}. Send more history, "
+        "oldest first; older rows than needed are ignored.",
+    )
+
+
+def no_forecast(reason: Exception) -> ProblemError:
+    """422: the model does not answer to these rows with numbers."""
+    return ProblemError("no-forecast", 422, "No forecast for these rows", str(reason))
+
+
+def log_unavailable(reason: Exception) -> ProblemError:
+    """503: forecasts can no longer be recorded."""
+    return ProblemError("log-unavailable", 503, "Prediction log unavailable", str(reason))
+
+
+def body_too_large(limit_mb: float) -> ProblemError:
+    """413: more than the server reads."""
+    return ProblemError(
+        "body-too-large",
+        413,
+        "Body too large",
+        f"At most {limit_mb:g} MB were expected; the body is larger. Send only the rows that the "
+        "model needs (`context` in GET /v1/models), or raise PERENNIAL_MAX_BODY_MB.",
+    )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:20])
+    return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
+
+
+def handlers(max_body_mb: float) -> ExceptionHandlersMap:
+    """Exception handlers that answer every error as a problem."""
+
+    def too_large_or(request: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
+        if error.status_code == 413:
+            return _answer(request, body_too_large(max_body_mb))
+        return _http_problem(request, error)
+
+    return {ProblemError: _answer, HTTPException: too_large_or, Exception: _unexpected}
+
+
+def _answer(request: Request[Any, Any, Any], error: ProblemError) -> Response[Problem]:
+    problem = Problem(
+        f"/problems/{error.kind}", error.title, error.status, error.detail, request.url.path
+    )
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 503 else {}
+    return Response(problem, status_code=error.status, media_type=MEDIA_TYPE, headers=headers)
+
+
+def _http_problem(request: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
+    phrase = HTTPStatus(error.status_code).phrase
+    kind = phrase.lower().replace(" ", "-")
+    detail = (
+        f"{request.method} {request.url.path}: {error.detail}. The API is described at /schema."
+    )
+    problem = Problem(f"/problems/{kind}", phrase, error.status_code, detail, request.url.path)
+    return Response(
+        problem, status_code=error.status_code, media_type=MEDIA_TYPE, headers=error.headers
+    )
+
+
+def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    problem = Problem(
+        "/problems/internal",
+        "Internal error",
+        500,
+        "The server failed on this request; its log says more.",
+        request.url.path,
+    )
+    return Response(problem, status_code=500, media_type=MEDIA_TYPE)

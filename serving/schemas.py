@@ -1,0 +1,113 @@
+"""What goes over the wire: requests and answers as msgspec structs."""
+
+from datetime import date, datetime
+
+import msgspec
+
+
+class PriceRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One trading day, adjusted for splits and dividends up to the last row."""
+
+    date: date
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: float
+
+
+class ForecastRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A client's own rows, oldest first; rows older than the model's context are ignored."""
+
+    symbol: str
+    rows: list[PriceRow]
+
+
+ROW_SHAPE = "an object with exactly date (YYYY-MM-DD), open, high, low, close and volume"
+REQUEST_SHAPE = (
+    '{"symbol": "GOOG", "rows": [...]}, each row ' + ROW_SHAPE + ", all but the date finite numbers"
+)
+
+
+class HorizonForecast(msgspec.Struct, frozen=True):
+    """The price distribution of one coming session, in units of the origin day."""
+
+    horizon: int
+    target: date
+    median: float
+    quantiles: list[float]
+
+
+class Forecast(msgspec.Struct, frozen=True):
+    """An answer. `quantiles[i]` of each horizon belongs to `levels[i]`.
+
+    `dataset_md5` is the dataset the model was trained on, `prices_md5` the one whose rows were
+    forecast from (null when the client sent the rows). `as_of` is the day up to which prices were
+    known, `origin` the last row's session, whose close is `origin_close`.
+    """
+
+    id: str
+    symbol: str
+    forecaster: str
+    model_version: int
+    run_id: str
+    dataset_md5: str
+    prices_md5: str | None
+    as_of: date
+    origin: date
+    origin_close: float
+    levels: list[float]
+    forecast: list[HorizonForecast]
+
+
+class Refusal(msgspec.Struct, frozen=True):
+    """A model version, or prices, that the server did not let in."""
+
+    name: str
+    version: int | None
+    reason: str
+    refused_at: datetime
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """A version that is being served, with what its contract says."""
+
+    forecaster: str
+    version: int
+    loaded_at: datetime
+    kind: str
+    symbols: tuple[str, ...]
+    context: int
+    horizon: int
+    columns: tuple[str, ...]
+    levels: tuple[float, ...]
+    as_of: date
+    train_start: date
+    train_end: date
+    dataset_md5: str
+    dataset_rev: str
+    run_id: str
+    git_commit: str
+
+
+class PricesInfo(msgspec.Struct, frozen=True):
+    """The latest prices that GET forecasts of a symbol start from."""
+
+    symbol: str
+    as_of: date
+    dataset_md5: str
+    rows: int
+
+
+class Models(msgspec.Struct, frozen=True):
+    """What this server serves, and what it refused and why."""
+
+    models: list[ModelInfo]
+    refused: list[Refusal]
+    prices: list[PricesInfo]
+
+
+class Health(msgspec.Struct, frozen=True):
+    """A health answer."""
+
+    status: str
