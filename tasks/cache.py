@@ -1,6 +1,7 @@
 """What a cached step depends on: dataset version, code and parameters, never a DataFrame."""
 
 import hashlib
+import subprocess
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
@@ -30,6 +31,20 @@ def code_fingerprint() -> str:
     for package in PACKAGES:
         digest.update(f"{package}=={version(package)}".encode())
     return digest.hexdigest()
+
+
+@cache
+def code_commit() -> str:
+    """Git commit of this code, `-dirty` if changed; the package's version where it is installed."""
+    folder = Path(next(iter(tasks.__path__))).parent
+    described = subprocess.run(
+        ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    tracked = (folder / ".git").exists() and described.returncode == 0
+    return described.stdout.strip() if tracked else f"perennial {version('perennial')}"
 
 
 def cache_key(step: str, dataset_md5: str, parameters: Mapping[str, object]) -> str:

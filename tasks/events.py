@@ -5,6 +5,7 @@ from uuid import UUID
 
 import httpx
 from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilter
 from prefect.events.schemas.events import Event, Resource
@@ -17,7 +18,13 @@ from forecasting.store import engine_of
 CONFIRM_SECONDS = 20
 
 
-@task(name="deliver-events", retries=3, retry_delay_seconds=[1, 3, 9], retry_jitter_factor=0.3)
+@task(
+    name="deliver-events",
+    cache_policy=NO_CACHE,
+    retries=3,
+    retry_delay_seconds=[1, 3, 9],
+    retry_jitter_factor=0.3,
+)
 def deliver_events(settings: Settings) -> int:
     """Post every undelivered event of the outbox and read each back; how many were delivered.
 

@@ -1,0 +1,55 @@
+"""Retrain one symbol after drift; started by the automation in `deployments.automations`."""
+
+from datetime import date
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+
+from flows.ingest import today_or
+from flows.train import TrainResult, forecaster_name, run_training
+from forecasting import ledger
+from forecasting.settings import load_settings
+from forecasting.store import engine_of
+
+
+@flow(name="retrain")
+def retrain(
+    symbol: str = "GOOG", as_of: date | None = None, trigger: str = "manual"
+) -> TrainResult:
+    """Train again on what is known on `as_of`, unless the symbol was retrained just now.
+
+    Args:
+        symbol: whose forecaster.
+        as_of: the day it pretends to be; today if absent.
+        trigger: what asked for it, such as the id of a drift event.
+
+    Returns:
+        Promoted, refused, unchanged, or skipped, with reasons.
+    """
+    settings = load_settings()
+    day = today_or(as_of)
+    with engine_of(settings.sql_url) as engine:
+        entry = ledger.claim(
+            engine,
+            symbol=symbol,
+            as_of=day,
+            trigger=trigger,
+            flow_run_id=str(flow_run.id or "local"),
+            cooldown_days=settings.retrain_cooldown_days,
+        )
+        if entry.skipped:
+            get_run_logger().warning("not retrained: %s", entry.reason)
+            return TrainResult(
+                outcome="skipped",
+                symbol=symbol,
+                as_of=day,
+                forecaster=forecaster_name(symbol),
+                reasons=[entry.reason],
+            )
+        try:
+            result = run_training(settings, symbol, day, trigger=f"retrain: {trigger}")
+        except BaseException as error:
+            ledger.close(engine, entry.id, "failed", repr(error))
+            raise
+        ledger.close(engine, entry.id, result.outcome, "; ".join(result.reasons))
+    return result

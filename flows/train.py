@@ -1,0 +1,224 @@
+"""Train one symbol: prices to dataset version to search to fit to gate to alias `production`."""
+
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+from forecasting.datasets import DatasetVersion
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from pydantic import BaseModel
+from sqlalchemy import Engine
+from tasks.ingest import ingest_prices
+from tasks.promote import promote_version
+
+from flows.ingest import today_or
+from forecasting import promotion
+from forecasting.contract import MODEL_FILE, Contract, read_contract
+from forecasting.registry import PRODUCTION, Registry, open_registry
+from forecasting.settings import Settings, load_settings
+from forecasting.store import engine_of
+from tasks.cache import cache_key, code_commit
+from tasks.training import (
+    Candidate,
+    Found,
+    fit,
+    gate_scores,
+    judge,
+    prepare_windows,
+    search,
+    show_search,
+    show_verdict,
+    write_candidate,
+)
+
+Outcome = Literal["promoted", "refused", "unchanged", "skipped"]
+
+
+class TrainResult(BaseModel):
+    """What one training came to.
+
+    `version` is the version that serves afterwards for `promoted` and `unchanged`, else None;
+    `scores` are CRPS in bp of log return (lower is better) and relative differences.
+    """
+
+    outcome: Outcome
+    symbol: str
+    as_of: date
+    forecaster: str
+    version: int | None = None
+    reasons: list[str] = []
+    run_id: str = ""
+    dataset_md5: str = ""
+    scores: dict[str, float] = {}
+
+
+@flow(name="train")
+def train(symbol: str = "GOOG", as_of: date | None = None) -> TrainResult:
+    """Train a forecaster on what is known on `as_of`; promote it if the gate agrees.
+
+    Args:
+        symbol: ticker of the source.
+        as_of: the day it pretends to be; today if absent.
+
+    Returns:
+        The promoted version, or a refusal with reasons. A refusal is a completed run.
+    """
+    return run_training(load_settings(), symbol, today_or(as_of), trigger="train")
+
+
+def forecaster_name(symbol: str) -> str:
+    """Registered model of a symbol."""
+    return f"perennial-{symbol.lower()}"
+
+
+def run_training(settings: Settings, symbol: str, as_of: date, trigger: str) -> TrainResult:
+    """The order of one training, shared by `train` and `retrain`; call it inside a flow."""
+    registry = open_registry(settings)
+    with engine_of(settings.sql_url) as engine:
+        for line in promotion.reconcile(settings, registry, engine):
+            get_run_logger().warning("reconciled: %s", line)
+        dataset = ingest_prices(settings, [symbol], as_of)
+        tags = {
+            "symbol": symbol,
+            "as_of": as_of.isoformat(),
+            "dataset_md5": dataset.md5,
+            "flow_run_id": str(flow_run.id or ""),
+            "trigger": trigger,
+        }
+        run_id = registry.start_run(f"{symbol} {as_of}", tags)
+        try:
+            training = _Training(settings, registry, engine, symbol, as_of, dataset, run_id)
+            result = training.run()
+        except BaseException:
+            registry.finish(run_id, "FAILED")
+            raise
+        registry.set_tags(run_id, {"outcome": result.outcome, "reasons": "; ".join(result.reasons)})
+        registry.finish(run_id, "FINISHED")
+    get_run_logger().info("%s: %s", result.outcome, "; ".join(result.reasons))
+    return result
+
+
+@dataclass(frozen=True)
+class _Training:
+    """One training inside its MLflow run."""
+
+    settings: Settings
+    registry: Registry
+    engine: Engine
+    symbol: str
+    as_of: date
+    dataset: DatasetVersion
+    run_id: str
+
+    @property
+    def forecaster(self) -> str:
+        return forecaster_name(self.symbol)
+
+    def run(self) -> TrainResult:
+        candidate = self.find_candidate()
+        self.settings.work_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.settings.work_dir) as scratch:
+            folder = Path(scratch) / "candidate"
+            contract = write_candidate(candidate, folder, self.facts())
+            held = Path(scratch) / "production"
+            current = self.registry.alias(self.forecaster, PRODUCTION)
+            if current is not None:
+                self.registry.download(self.forecaster, current, held)
+                settled = self.settled_by(read_contract(held), contract, current)
+                if settled is not None:
+                    return settled
+            return self.decide(candidate, folder, held if current is not None else None)
+
+    def find_candidate(self) -> Candidate:
+        """Windows, search and fit, each re-used when data, code and parameters are the same."""
+        md5, settings = self.dataset.md5, self.settings
+        cut = self.picked("context", "horizon", "validation_days", "gate_days")
+        cut |= {"symbol": self.symbol, "as_of": self.as_of}
+        tuning = cut | self.picked("seed", "trials", "epochs", "concurrency")
+        key = cache_key("windows", md5, cut)
+        splits = _step(prepare_windows, settings, self.symbol, self.as_of, md5, key=key)
+        key = cache_key("search", md5, tuning)
+        found: Found = _step(search, settings, splits, self.run_id, key=key)
+        show_search(self.registry, self.run_id, found)
+        fitting = tuning | self.picked("fit_epochs") | {"config": asdict(found.config)}
+        key = cache_key("fit", md5, fitting)
+        candidate: Candidate = _step(fit, settings, splits, found.config, key=key)
+        logged = {**fitting, "kind": candidate.kind, "search_run": found.run_id}
+        self.registry.log_params(self.run_id, logged)
+        self.registry.log_metrics(self.run_id, [(k, v, 0) for k, v in candidate.scores.items()])
+        return candidate
+
+    def decide(self, candidate: Candidate, folder: Path, held: Path | None) -> TrainResult:
+        """The gate and, if it agrees, the promotion."""
+        verdict = judge(self.settings, self.symbol, self.as_of, self.dataset.md5, folder, held)
+        show_verdict(self.registry, self.run_id, candidate, verdict)
+        scores = candidate.scores | gate_scores(verdict)
+        if not verdict.promote:
+            return self.result("refused", list(verdict.reasons), scores=scores)
+        version = self.registry.register(folder, self.forecaster, self.run_id, {})
+        promoted = promote_version(
+            self.settings, self.registry, self.engine, self.forecaster, version, verdict.summary()
+        )
+        reasons = [verdict.summary(), promoted.served]
+        return self.result("promoted", reasons, scores=scores, version=version)
+
+    def settled_by(self, held: Contract, candidate: Contract, version: int) -> TrainResult | None:
+        """No comparison at all: the same network, or one that is older than production."""
+        if held.files[MODEL_FILE] == candidate.files[MODEL_FILE]:
+            reason = f"identical to version {version}, which is in production"
+            return self.result("unchanged", [reason], version=version)
+        if held.as_of > candidate.as_of:
+            reason = (
+                f"as of {candidate.as_of} is before production's {held.as_of} (version {version}): "
+                "production has seen those days. Use rollback to serve an older version."
+            )
+            return self.result("refused", [reason])
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """What the contract says about where the model came from."""
+        return {
+            "forecaster": self.forecaster,
+            "symbols": (self.symbol,),
+            "context": self.settings.context,
+            "horizon": self.settings.horizon,
+            "as_of": self.as_of,
+            "dataset_md5": self.dataset.md5,
+            "dataset_rev": self.dataset.rev,
+            "run_id": self.run_id,
+            "git_commit": code_commit(),
+        }
+
+    def picked(self, *names: str) -> dict[str, Any]:
+        """Some settings by name."""
+        return {name: getattr(self.settings, name) for name in names}
+
+    def result(
+        self,
+        outcome: Outcome,
+        reasons: list[str],
+        version: int | None = None,
+        scores: dict[str, float] | None = None,
+    ) -> TrainResult:
+        """A result of this training."""
+        return TrainResult(
+            outcome=outcome,
+            symbol=self.symbol,
+            as_of=self.as_of,
+            forecaster=self.forecaster,
+            version=version,
+            reasons=reasons,
+            run_id=self.run_id,
+            dataset_md5=self.dataset.md5,
+            scores=scores or {},
+        )
+
+
+def _step(step: Any, *arguments: Any, key: str) -> Any:  # noqa: ANN401  (any Prefect task)
+    state = step(*arguments, key=key, return_state=True)
+    if state.name == "Cached":
+        get_run_logger().info("%s: re-used from an earlier run (%s)", step.name, key)
+    return state.result()

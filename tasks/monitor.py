@@ -1,0 +1,176 @@
+"""Steps of monitoring: join late labels, compare with the training reference, tell, alarm."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from uuid import UUID
+
+import pandas as pd
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from sqlalchemy import Engine, func, select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from forecasting import datasets, drift, events, outcomes
+from forecasting.contract import Contract, read_contract
+from forecasting.drift import DriftVerdict
+from forecasting.errors import RegistryError
+from forecasting.registry import PRODUCTION, Registry
+from forecasting.sessions import sessions_between
+from forecasting.settings import Settings
+from forecasting.store import checks, now
+
+EVERY = 5
+"""Sessions between two checks when a monitor catches up on missed days."""
+
+
+def production_contract(registry: Registry, forecaster: str) -> tuple[int, Contract]:
+    """Version in production and its contract.
+
+    Raises:
+        RegistryError: nothing is in production yet.
+    """
+    version = registry.alias(forecaster, PRODUCTION)
+    if version is None:
+        raise RegistryError(
+            f"{forecaster} has no version with alias {PRODUCTION!r} at {registry.shown}. Run the "
+            "deployment train/train first."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        registry.download(forecaster, version, Path(folder) / "model")
+        return version, read_contract(Path(folder) / "model")
+
+
+def last_check(engine: Engine, symbol: str) -> date | None:
+    """Day of the symbol's newest recorded check."""
+    with engine.connect() as connection:
+        found = connection.execute(
+            select(func.max(checks.c.as_of)).where(checks.c.symbol == symbol)
+        )
+        return found.scalar_one_or_none()
+
+
+def check_days(since: date | None, as_of: date) -> list[date]:
+    """Days to check: every fifth session after `since`, and the newest session up to `as_of`."""
+    days = sessions_between(since or as_of, as_of)
+    if since is not None and days and days[0] == since:
+        days = days[1:]
+    return sorted({*days[EVERY - 1 :: EVERY], *days[-1:]})
+
+
+@task(name="join-actuals", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def join_actuals(settings: Settings, engine: Engine, symbol: str, as_of: date) -> int:
+    """Fill in what came true for logged forecasts whose target day is known."""
+    frame = datasets.load_frame(settings, symbol, as_of)
+    return outcomes.join_actuals(engine, symbol, frame, as_of)
+
+
+@task(name="compare", cache_policy=NO_CACHE, timeout_seconds=300)
+def compare(
+    settings: Settings, contract: Contract, symbol: str, days: Sequence[date]
+) -> tuple[list[DriftVerdict], str]:
+    """Verdict of every check day, and the HTML report of the newest."""
+    table = drift.features(datasets.load_frame(settings, symbol, days[-1]))
+    trained_on = datasets.load_frame(settings, symbol, contract.as_of, contract.dataset_md5)
+    reference = drift.reference_rows(
+        drift.features(trained_on), contract.train_start, contract.train_end, settings.drift_window
+    )
+    limits = (settings.drift_threshold, settings.drift_share)
+    verdicts = drift.compare_dates(table, reference, days[:-1], *limits)
+    newest, html = drift.drift_report(
+        reference, drift.recent_rows(table, days[-1], settings.drift_window), *limits
+    )
+    return [*verdicts, newest], html
+
+
+@task(name="record-checks", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def record_checks(
+    engine: Engine,
+    contract: Contract,
+    version: int,
+    symbol: str,
+    verdicts: Sequence[DriftVerdict],
+    flow_run_id: str,
+) -> None:
+    """Write every check into SQL; a repeated check replaces nothing."""
+    dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
+    rows = [
+        {
+            "symbol": symbol,
+            "as_of": verdict.recent_end,
+            "forecaster": contract.forecaster,
+            "version": version,
+            "share": verdict.share,
+            "threshold": verdict.required_share,
+            "drifted": verdict.drifted,
+            "features": {each.feature: each.score for each in verdict.features},
+            "flow_run_id": flow_run_id,
+            "created_at": now(),
+        }
+        for verdict in verdicts
+    ]
+    with engine.begin() as connection:
+        connection.execute(dialect.insert(checks).on_conflict_do_nothing(), rows)
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def report(
+    registry: Registry,
+    engine: Engine,
+    version: int,
+    symbol: str,
+    verdicts: Sequence[DriftVerdict],
+    html: str,
+) -> str:
+    """Verdict, tables and Evidently's pages as MLflow and Prefect artifacts; the MLflow run id."""
+    newest = verdicts[-1]
+    run_id = registry.start_run(
+        f"monitor {symbol} {newest.recent_end}",
+        {"symbol": symbol, "as_of": newest.recent_end.isoformat(), "version": str(version)},
+    )
+    metrics = [(f"drift_{each.feature}", each.score, 0) for each in newest.features]
+    registry.log_metrics(run_id, [("drift_share", newest.share, 0), *metrics])
+    registry.log_dict(run_id, {"checks": [asdict(each) for each in verdicts]}, "drift.json")
+    registry.log_text(run_id, html, "drift.html")
+    scored = outcomes.scored(engine, symbol, until=newest.recent_end, version=version)
+    if len(scored) > 1:
+        _report_accuracy(registry, run_id, scored)
+    registry.finish(run_id, "FINISHED")
+    create_table_artifact(newest.table(), key="drift", description=newest.summary())
+    create_markdown_artifact(
+        "\n".join([f"**{newest.summary()}**", "", *(f"- {v.summary()}" for v in verdicts[:-1])]),
+        key="drift-verdict",
+        description=f"Full report in MLflow run {run_id}",
+    )
+    return run_id
+
+
+def _report_accuracy(registry: Registry, run_id: str, scored: pd.DataFrame) -> None:
+    scores, page = drift.regression_report(scored)
+    registry.log_text(run_id, page, "forecasts-against-actuals.html")
+    named = {f"forecast_{key}": value for key, value in asdict(scores).items()}
+    named["forecast_crps_bp"] = float(scored["crps_bp"].mean())
+    registry.log_metrics(run_id, [(key, float(value), 0) for key, value in named.items()])
+
+
+@task(name="alarm", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def alarm(
+    engine: Engine, contract: Contract, version: int, symbol: str, verdict: DriftVerdict
+) -> UUID:
+    """Write the drift event into the outbox; `deliver_events` posts it."""
+    return events.put(
+        engine,
+        events.DriftDetected(
+            symbol=symbol,
+            as_of=verdict.recent_end,
+            forecaster=contract.forecaster,
+            version=version,
+            share=verdict.share,
+            threshold=verdict.required_share,
+            features=tuple(each.feature for each in verdict.features if each.drifted),
+            dataset_md5=contract.dataset_md5,
+        ),
+    )

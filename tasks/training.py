@@ -1,0 +1,188 @@
+"""Steps of training: windows, search, fit, gate. Results are cached on data, code and parameters.
+
+The search and the network are imported inside the tasks that need them: a run whose results are
+cached never pays for Ray, torch and Lightning.
+"""
+
+import tempfile
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.context import TaskRunContext
+
+from forecasting import backtest, datasets
+from forecasting.contract import QUANTILE_LEVELS, Contract, seal
+from forecasting.gate import GateVerdict
+from forecasting.gate import judge as judge_scores
+from forecasting.inference import Forecaster
+from forecasting.registry import Registry, open_registry
+from forecasting.settings import Settings
+from forecasting.windows import Splits, make_windows, split
+
+if TYPE_CHECKING:
+    from forecasting.model import ModelConfig
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found: the best configuration, its leaderboard, and the run that logged it."""
+
+    config: "ModelConfig"
+    leaderboard: list[dict[str, Any]]
+    run_id: str
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Files of a fitted forecaster and what its validation said (CRPS in bp, lower is better)."""
+
+    files: dict[str, bytes]
+    kind: str
+    scores: dict[str, float]
+    train_start: date
+    train_end: date
+
+
+def _key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
+    return str(parameters["key"])
+
+
+@task(name="windows", cache_key_fn=_key, persist_result=True, timeout_seconds=300)
+def prepare_windows(settings: Settings, symbol: str, as_of: date, md5: str, key: str) -> Splits:
+    """Cut the dataset version into training, validation and gate windows."""
+    frame = datasets.load_frame(settings, symbol, as_of, md5)
+    windows = make_windows(frame, settings.context, settings.horizon)
+    return split(windows, settings.validation_days, settings.gate_days)
+
+
+@task(name="search", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)
+def search(settings: Settings, splits: Splits, parent_run: str, key: str) -> Found:
+    """Search the hyperparameters with Ray Tune; every trial is a nested MLflow run."""
+    from tasks.search import run_search
+
+    registry = open_registry(settings)
+    run_id = registry.start_run("search", {"cache_key": key}, parent=parent_run)
+    try:
+        result = run_search(splits, settings, on_trial=registry.trial_logger(run_id))
+    except BaseException:
+        registry.finish(run_id, "FAILED")
+        raise
+    registry.finish(run_id, "FINISHED")
+    return Found(config=result.config, leaderboard=result.leaderboard, run_id=run_id)
+
+
+@task(name="fit", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)
+def fit(settings: Settings, splits: Splits, config: "ModelConfig", key: str) -> Candidate:
+    """Fit the best configuration with Lightning and export it to ONNX."""
+    from forecasting import model
+
+    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=settings.work_dir) as name:
+        folder = Path(name)
+        fitted = model.fit(splits, config, settings.fit_epochs, folder=folder / "checkpoints")
+        out = folder / "model"
+        out.mkdir()
+        model.export_onnx(fitted, out)
+        files = {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+    return Candidate(
+        files=files,
+        kind=fitted.kind,
+        scores={
+            "validation_crps_trained": fitted.trained,
+            "validation_crps_untrained": fitted.untrained,
+            "validation_crps_volatility": fitted.volatility,
+        },
+        train_start=splits.train.first_day,
+        train_end=splits.train.last_day,
+    )
+
+
+def write_candidate(candidate: Candidate, folder: Path, facts: dict[str, Any]) -> Contract:
+    """Lay the candidate's files and its contract into `folder`."""
+    folder.mkdir(parents=True)
+    for name, content in candidate.files.items():
+        (folder / name).write_bytes(content)
+    return seal(
+        folder,
+        {
+            **facts,
+            "kind": candidate.kind,
+            "train_start": candidate.train_start,
+            "train_end": candidate.train_end,
+            "quantile_levels": QUANTILE_LEVELS,
+        },
+    )
+
+
+@task(name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
+def judge(
+    settings: Settings, symbol: str, as_of: date, md5: str, candidate: Path, production: Path | None
+) -> GateVerdict:
+    """Score candidate, production and random walk on the same most recent days and decide."""
+    frame = datasets.load_frame(settings, symbol, as_of, md5)
+    challenger = Forecaster.load(candidate, version=0)
+    windows = make_windows(frame, challenger.contract.context, settings.horizon)
+    gate = split(windows, settings.validation_days, settings.gate_days).gate
+    held = None
+    if production is not None:
+        champion = Forecaster.load(production, version=0)
+        index = champion.contract.symbol_index(symbol)
+        theirs = make_windows(frame, champion.contract.context, settings.horizon, index)
+        held = backtest.score_onnx(champion, theirs.at(gate.origins))
+    return judge_scores(
+        candidate=backtest.score_onnx(challenger, gate),
+        random_walk=backtest.score_random_walk(frame, gate),
+        production=held,
+        tolerance=settings.gate_tolerance,
+        min_windows=settings.gate_days,
+    )
+
+
+def gate_scores(verdict: GateVerdict) -> dict[str, float]:
+    """The gate's figures that could be computed, by metric name."""
+    named = {
+        "gate_candidate": verdict.candidate_crps,
+        "gate_production": verdict.production_crps,
+        "gate_random_walk": verdict.random_walk_crps,
+        "gate_relative": verdict.relative_to_random_walk,
+        "gate_upper95": verdict.upper95,
+    }
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def show_search(registry: Registry, run_id: str, found: Found) -> None:
+    """Leaderboard as MLflow and Prefect artifacts."""
+    registry.log_dict(
+        run_id, {"search_run": found.run_id, "trials": found.leaderboard}, "search.json"
+    )
+    create_table_artifact(
+        found.leaderboard,
+        key="search-leaderboard",
+        description="Trials by validation CRPS (bp of log return, lower is better)",
+    )
+
+
+def show_verdict(
+    registry: Registry, run_id: str, candidate: Candidate, verdict: GateVerdict
+) -> None:
+    """Verdict as MLflow metrics and as MLflow and Prefect artifacts."""
+    scores = gate_scores(verdict)
+    registry.log_metrics(run_id, [(key, value, 0) for key, value in scores.items()])
+    registry.log_dict(run_id, asdict(verdict), "gate-verdict.json")
+    lines = [
+        f"**{verdict.summary()}**",
+        "",
+        "| score | CRPS, bp |",
+        "|---|---|",
+        *(
+            f"| {key.replace('_', ' ')} | {value:.2f} |"
+            for key, value in (candidate.scores | scores).items()
+            if key not in ("gate_relative", "gate_upper95")
+        ),
+    ]
+    create_markdown_artifact("\n".join(lines), key="gate-verdict", description=verdict.summary())
