@@ -85,9 +85,9 @@ class Settings(BaseSettings):
         description="Upper 95 % bound allowed for the relative CRPS difference to the random walk.",
     )
     # monitor ----------------------------------------------------------------------------------
-    drift_window: int = Field(60, ge=20, description="Trading days of recent data per comparison.")
+    drift_window: int = Field(40, ge=20, description="Trading days of recent data per comparison.")
     drift_threshold: float = Field(
-        0.5,
+        0.85,
         gt=0,
         description="Distance (in reference standard deviations) at which one feature has drifted.",
     )
