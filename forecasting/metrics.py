@@ -79,7 +79,8 @@ def coverage(y: ArrayLike, q: ArrayLike, levels: ArrayLike, mass: float) -> Arra
 def _at(q: Array, levels: Array, level: float) -> Array:
     """Quantile at `level`, linear between its neighbours; [...]."""
     right = int(np.clip(np.searchsorted(levels, level - 1e-9), 1, len(levels) - 1))
-    weight = np.clip((level - levels[right - 1]) / (levels[right] - levels[right - 1]), 0.0, 1.0)
+    weight = (level - levels[right - 1]) / (levels[right] - levels[right - 1])
+    weight = min(max(round(float(weight), 9), 0.0), 1.0)  # a level itself gives its quantile
     between: Array = (1.0 - weight) * q[..., right - 1] + weight * q[..., right]
     return between
 
@@ -159,11 +160,11 @@ def hac_variance(d: ArrayLike, lag: int) -> float:
 
 def _standard_error(d: ArrayLike, lag: int) -> float:
     """HAC standard error of the mean with the small-sample factor of Harvey et al. (1997)."""
-    n, steps = np.size(d), lag + 1
+    n, steps, variance = np.size(d), lag + 1, hac_variance(d, lag)
     factor = (n + 1 - 2 * steps + steps * (steps - 1) / n) / n
     if factor <= 0.0:
         raise ValueError(f"{n} values are too few for errors that overlap {steps} days")
-    return float(np.sqrt(hac_variance(d, lag) / factor))
+    return float(np.sqrt(variance / factor))
 
 
 def diebold_mariano(d: ArrayLike, lag: int) -> tuple[float, float]:
