@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import sqlite3
 import tempfile
 import time
@@ -72,6 +73,15 @@ class VersionInfo:
     created_at: datetime
     tags: Mapping[str, str]
     aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """One run: its tags and the last value of each metric."""
+
+    run_id: str
+    tags: Mapping[str, str]
+    metrics: Mapping[str, float]
 
 
 def open_registry(settings: Settings) -> "Registry":
@@ -181,6 +191,15 @@ class Registry:
         """End a run."""
         with self._talk(f"end run {run_id}"):
             self._client.set_terminated(run_id, status)
+
+    def find_run(self, tags: Mapping[str, str]) -> RunInfo | None:
+        """Newest run that carries all of `tags`, or None."""
+        wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        with self._talk("search runs"):
+            found = self._client.search_runs([self._experiment], wanted, max_results=1)
+        if not found:
+            return None
+        return RunInfo(found[0].info.run_id, found[0].data.tags, found[0].data.metrics)
 
     def run_url(self, run_id: str) -> str:
         """Address of the run in MLflow's web interface; empty when there is no server."""
@@ -433,8 +452,9 @@ class Registry:
 
 
 def _reason(error: Exception) -> str:
-    """First line of an error, shortened: MLflow's carry whole retry histories."""
-    lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [repr(error)]
+    """First line of an error, shortened and without credentials: MLflow's carry all of it."""
+    text = re.sub(r"//[^/@\s]+@", "//", str(getattr(error, "orig", None) or error))
+    lines = text.strip().splitlines() or [repr(error)]
     return f"{lines[0][:400].rstrip('.')}."
 
 
