@@ -7,6 +7,7 @@ define, and refuses keys that it does not know.
 
 import difflib
 import os
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
@@ -64,6 +65,10 @@ class Settings(BaseSettings):
         description="For `file`: CSV or Parquet, any fsspec URL; `{symbol}` is replaced.",
     )
     fetch_attempts: int = Field(4, ge=1, description="Attempts to read a source before failing.")
+    extra_closures: tuple[date, ...] = Field(
+        (),
+        description="Days without trading that the calendar does not know (JSON list of dates).",
+    )
     # data and model ---------------------------------------------------------------------------
     context: int = Field(64, ge=32, description="Rows of history that the network sees.")
     horizon: int = Field(5, ge=1, le=20, description="Trading days ahead that are forecast.")
@@ -87,7 +92,7 @@ class Settings(BaseSettings):
     # monitor ----------------------------------------------------------------------------------
     drift_window: int = Field(40, ge=20, description="Trading days of recent data per comparison.")
     drift_threshold: float = Field(
-        0.85,
+        1.0,
         gt=0,
         description="Distance (in reference standard deviations) at which one feature has drifted.",
     )

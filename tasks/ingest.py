@@ -1,0 +1,85 @@
+"""Step of ingest: prices into a dataset version, with a summary a person can read."""
+
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+from prefect import Task, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.tasks import exponential_backoff
+
+from forecasting import datasets
+from forecasting.datasets import DatasetVersion
+from forecasting.errors import DatasetError, SourceError
+from forecasting.prices import Frame, visible_factors
+from forecasting.settings import Settings
+
+_MAY_PASS = (SourceError, DatasetError)
+
+
+async def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
+    """Retry when a source or remote was away; a wrong symbol, date or price stays wrong."""
+    error = await state.aresult(raise_on_failure=False)
+    return isinstance(error, _MAY_PASS) and error.__cause__ is not None
+
+
+@task(
+    name="ingest",
+    task_run_name="ingest as of {as_of}",
+    cache_policy=NO_CACHE,
+    retries=2,
+    retry_delay_seconds=exponential_backoff(backoff_factor=2),
+    retry_jitter_factor=0.5,
+    retry_condition_fn=_may_pass,
+    timeout_seconds=600,
+)
+def ingest_prices(settings: Settings, symbols: Sequence[str], as_of: date) -> DatasetVersion:
+    """Take what is new up to `as_of` into the dataset and publish it for the server."""
+    version = datasets.ingest(settings, symbols, as_of)
+    if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
+        show_data(settings, version, symbols)
+    return version
+
+
+def show_data(settings: Settings, version: DatasetVersion, symbols: Sequence[str]) -> None:
+    """Data summary as Prefect artifacts: a table, one row a symbol, and what the ingest did."""
+    rows = [summary(settings, version, symbol) for symbol in dict.fromkeys(symbols)]
+    create_table_artifact(rows, key="data-summary", description=headline(version))
+    create_markdown_artifact(
+        "\n".join([f"**{headline(version)}**", "", *_markdown(rows)]),
+        key="dataset-version",
+        description=headline(version),
+    )
+
+
+def headline(version: DatasetVersion) -> str:
+    """One sentence on what an ingest did."""
+    what = "new version" if version.changed else "unchanged, version"
+    return f"As of {version.as_of}: {what} {version.md5} (git {version.rev[:10]})"
+
+
+def summary(settings: Settings, version: DatasetVersion, symbol: str) -> dict[str, Any]:
+    """What the dataset version holds of one symbol."""
+    raw = datasets.load_raw(settings, symbol, version.md5)
+    frame: Frame = datasets.load_frame(settings, symbol, version.as_of, version.md5)
+    return {
+        "symbol": symbol,
+        "first day": f"{frame.index[0]:%Y-%m-%d}",
+        "last day": f"{frame.index[-1]:%Y-%m-%d}",
+        "rows": len(frame),
+        "new rows": version.rows.get(symbol, 0),
+        "revised rows": version.revised.get(symbol, 0),
+        "splits and dividends": len(visible_factors(raw, version.as_of)),
+        "new splits and dividends": version.factors.get(symbol, 0),
+        "last close": round(float(frame["close"].iloc[-1]), 4),
+    }
+
+
+def _markdown(rows: list[dict[str, Any]]) -> list[str]:
+    names = list(rows[0])
+    lines = [" | ".join(names), " | ".join("---" for _ in names)]
+    lines += [" | ".join(str(row[name]) for name in names) for row in rows]
+    return [f"| {line} |" for line in lines]
