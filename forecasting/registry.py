@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import version as installed
@@ -253,7 +253,7 @@ class Registry:
 
     def find(self, forecaster: str, tags: Mapping[str, str]) -> int | None:
         """Newest version of `forecaster` that carries all of `tags`, or None."""
-        for info in self.history(forecaster):
+        for info in self._versions(forecaster):
             if all(info.tags.get(key) == value for key, value in tags.items()):
                 return info.version
         return None
@@ -280,17 +280,10 @@ class Registry:
         holders: dict[int, list[str]] = {}
         for alias, number in self.aliases(forecaster).items():
             holders.setdefault(number, []).append(alias)
-        found: list[VersionInfo] = []
-        token: str | None = None
-        with self._talk(f"list the versions of {forecaster}"):
-            while True:
-                page = self._client.search_model_versions(
-                    f"name='{forecaster}'", max_results=1000, page_token=token
-                )
-                found += [_info(each, holders.get(int(each.version), ())) for each in page]
-                token = page.token
-                if not token:
-                    return sorted(found, key=lambda info: -info.version)
+        return [
+            replace(info, aliases=tuple(sorted(holders.get(info.version, ()))))
+            for info in self._versions(forecaster)
+        ]
 
     def tag_version(self, forecaster: str, version: int, tags: Mapping[str, str]) -> None:
         """Set tags of a version; one call each."""
@@ -352,6 +345,20 @@ class Registry:
                 token = page.token
                 if not token:
                     return found
+
+    def _versions(self, forecaster: str) -> list[VersionInfo]:
+        """Every version, newest first, without aliases: the search does not return them."""
+        found: list[VersionInfo] = []
+        token: str | None = None
+        with self._talk(f"list the versions of {forecaster}"):
+            while True:
+                page = self._client.search_model_versions(
+                    f"name='{forecaster}'", max_results=1000, page_token=token
+                )
+                found += [_info(each) for each in page]
+                token = page.token
+                if not token:
+                    return sorted(found, key=lambda info: -info.version)
 
     # plumbing -----------------------------------------------------------------------------------
 
@@ -472,14 +479,14 @@ def _aliases(model: RegisteredModel) -> dict[str, int]:
     return {alias: int(version) for alias, version in model.aliases.items()}
 
 
-def _info(found: ModelVersion, aliases: Iterable[str] = ()) -> VersionInfo:
+def _info(found: ModelVersion) -> VersionInfo:
     return VersionInfo(
         forecaster=found.name,
         version=int(found.version),
         run_id=found.run_id or "",
         created_at=datetime.fromtimestamp(found.creation_timestamp / 1000, UTC),
         tags=dict(found.tags),
-        aliases=tuple(sorted({*found.aliases, *aliases})),
+        aliases=tuple(sorted(found.aliases)),
     )
 
 
