@@ -10,6 +10,7 @@ import difflib
 import io
 import logging
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime, time
@@ -26,13 +27,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as arrow
 from bokeh_sampledata import stocks
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
 from numpy.typing import NDArray
 from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception,
     stop_after_attempt,
-    wait_exponential_jitter,
+    wait_exponential,
+    wait_random,
 )
 
 from forecasting.contract import COLUMNS
@@ -171,8 +175,11 @@ def _file(settings: Settings, symbol: str) -> Payload:
 
 
 def _read(address: str) -> bytes:
-    with fsspec.open(address, "rb", compression="infer") as handle:
-        content: bytes = handle.read()
+    """The bytes at an fsspec URL, unpacked; `cat_file` says truly why HTTP failed, `open` not."""
+    files, path = fsspec.core.url_to_fs(address)
+    packed = io.BytesIO(files.cat_file(path))
+    packing = infer_compression(path)
+    content: bytes = (compr[packing](packed, mode="rb") if packing else packed).read()
     return content
 
 
@@ -211,16 +218,13 @@ def _with_retries(
     """Run `action`, again after a network failure, with backoff and jitter."""
     retrying = Retrying(
         stop=stop_after_attempt(settings.fetch_attempts),
-        wait=wait_exponential_jitter(initial=0.25, max=20, jitter=0.25),
+        wait=wait_exponential(multiplier=0.25, max=20) + wait_random(0, 0.25),
         retry=retry_if_exception(lambda error: isinstance(error, lost) and _passes(error)),
         before_sleep=partial(_log_retry, source, address),
         reraise=True,
     )
-    failures: tuple[type[Exception], ...] = (
-        *lost,
-        ValueError,
-        ImportError,
-    )  # the last two: a protocol that fsspec lacks
+    protocol, packing = (ValueError, ImportError), (EOFError, zlib.error)
+    failures: tuple[type[Exception], ...] = (*lost, *protocol, *packing)
     try:
         return retrying(action)
     except failures as error:
