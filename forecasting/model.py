@@ -39,7 +39,7 @@ from forecasting.windows import Splits, Windows, join
 __all__ = ["EpochScore", "Fitted", "ModelConfig", "export_onnx", "fit"]
 
 PATIENCE = 8
-"""Epochs without a better validation score after which a fit stops."""
+"""Epochs without a better validation score after which a final fit stops."""
 EXPORT_TOLERANCE = 1e-4
 """Largest relative difference between the exported graph and torch."""
 OPSET = 17
@@ -199,6 +199,7 @@ def fit(
     epochs: int,
     *,
     folder: Path,
+    patience: int = PATIENCE,
     report: Callable[[int, float], None] | None = None,
     resume: Path | None = None,
 ) -> Fitted:
@@ -207,8 +208,9 @@ def fit(
     Args:
         splits: windows; those of the gate are not looked at.
         config: hyperparameters and seed.
-        epochs: most epochs; it stops early after `PATIENCE` without a better score.
+        epochs: most epochs.
         folder: where the checkpoints `best.ckpt` and `last.ckpt` are written.
+        patience: epochs without a better score after which it stops early.
         report: called after each epoch with its number, from 1, and its validation CRPS in bp.
         resume: a `last.ckpt` of an interrupted fit of the same windows and configuration.
 
@@ -223,7 +225,7 @@ def fit(
         training = _Training(network, splits, config, report)
         untrained = training.score()
         volatility = _switched_off(training)
-        best = _run(training, epochs, folder, resume)
+        best = _run(training, epochs, patience, folder, resume)
         trained = min(training.history, key=lambda s: s.validation)
         lstm = trained.validation < min(untrained, volatility)
         network.load_state_dict(best)
@@ -251,7 +253,9 @@ def _switched_off(training: _Training) -> float:
     return score
 
 
-def _run(training: _Training, epochs: int, folder: Path, resume: Path | None) -> dict[str, Tensor]:
+def _run(
+    training: _Training, epochs: int, patience: int, folder: Path, resume: Path | None
+) -> dict[str, Tensor]:
     """Train, and give back the weights of the best epoch."""
     checkpoint = ModelCheckpoint(
         dirpath=folder,
@@ -261,7 +265,7 @@ def _run(training: _Training, epochs: int, folder: Path, resume: Path | None) ->
         save_on_train_epoch_end=True,
         enable_version_counter=False,
     )
-    stopping = EarlyStopping(_SCORE, patience=PATIENCE, check_on_train_epoch_end=True)
+    stopping = EarlyStopping(_SCORE, patience=patience, check_on_train_epoch_end=True)
     trainer = Trainer(
         accelerator="cpu",
         devices=1,

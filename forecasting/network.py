@@ -8,8 +8,9 @@ graph, so that nothing is left to compute where it is served.
    5 and 22 rows. Its coefficients are ordinary least squares, held as buffers.
 2. The quantiles of past returns divided by that volatility (filtered historical simulation) turn
    it into a distribution. That much is the volatility baseline.
-3. An LSTM scales it per horizon, skews it and thickens or thins its tails. All corrections are
-   monotone in the quantile, so quantiles never cross; they are bounded, and start near nothing.
+3. An LSTM scales it per horizon and thickens or thins its tails; it does not move its middle,
+   since a learned mean or skew did worse on days it had not seen. The corrections are monotone in
+   the quantile, so quantiles never cross; they are bounded, and start near nothing.
 """
 
 import math
@@ -26,6 +27,8 @@ SPANS = (1, 5, 22)
 """Rows over which the autoregression averages past log variance."""
 FLOOR = 1e-6
 """Added to a variance before its log: a day that never moved counts as 0.1 % of movement."""
+TAIL_REACH = 0.25
+"""Largest change of the power to which a quantile, in units of sigma, is raised."""
 FEATURES = 11
 QUARTER = 365.25 / 4
 _PARKINSON = 1 / (4 * math.log(2))
@@ -112,7 +115,7 @@ class Network(nn.Module):
         self.volatility = Volatility(horizon, symbols)
         self.lstm = nn.LSTM(FEATURES, config.hidden, config.layers, batch_first=True)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.hidden, horizon + 2)
+        self.head = nn.Linear(config.hidden, horizon + 1)
         nn.init.normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         self.register_buffer("switch", torch.ones(()))
@@ -140,10 +143,9 @@ class Network(nn.Module):
         start = inputs.new_zeros(self.layers, inputs.shape[0], self.hidden)
         states, _ = self.lstm(inputs, (start, start))
         bounded = self.switch * torch.tanh(self.head(self.dropout(states[:, -1])))
-        scale = sigma * torch.exp(self.reach * bounded[:, : self.horizon])
-        skew, tail = 0.25 * bounded[:, -2, None, None], 0.25 * bounded[:, -1, None, None]
+        scale = sigma * torch.exp(self.reach * bounded[:, :-1])
         size = shape.abs().clamp(min=1e-6)
-        bent = shape * torch.exp(tail * torch.log(size) + skew * torch.sign(shape))
+        bent = shape * torch.exp(TAIL_REACH * bounded[:, -1, None, None] * torch.log(size))
         return scale.unsqueeze(-1) * bent
 
 
