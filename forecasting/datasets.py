@@ -399,9 +399,9 @@ def _prune(fs: Any, folder: str, keep: str) -> None:  # noqa: ANN401  (fsspec is
 
 @contextmanager
 def _locked(settings: Settings) -> Iterator[None]:
-    """One writer at a time, also across processes."""
+    """One writer at a time, also across processes; the same thread may enter twice."""
     settings.home.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(settings.home / "data.lock", timeout=_LOCK_SECONDS)
+    lock = FileLock(settings.home / "data.lock", timeout=_LOCK_SECONDS, is_singleton=True)
     try:
         with lock:
             yield
@@ -487,8 +487,11 @@ def _commit(
     settings: Settings, symbols: tuple[str, ...], as_of: date, counts: dict[str, dict[str, int]]
 ) -> DatasetVersion:
     """Add the folder to DVC and commit. Dated `as_of`, so equal histories have equal commits."""
-    with _dvc(settings) as dvc:
-        dvc.add(str(settings.data_dir / _TRACKED))
+    try:
+        with _dvc(settings) as dvc:
+            dvc.add(str(settings.data_dir / _TRACKED))
+    except DvcException as error:
+        raise _damaged(settings, error) from error
     facts = {"as_of": as_of.isoformat(), "symbols": symbols, **counts}
     new = ", ".join(f"{symbol} +{count}" for symbol, count in counts["rows"].items())
     message = f"{new} as of {as_of}\n\n{json.dumps(facts)}\n"
@@ -514,26 +517,32 @@ def _commit(
 
 
 @contextmanager
-def _dvc(settings: Settings) -> Iterator[DvcRepo]:
+def _dvc(settings: Settings, remote: bool = False) -> Iterator[DvcRepo]:
     """DVC's view of the registry, with its caches inside it and nothing of the user's settings."""
     private = settings.data_dir / ".dvc"
     config: dict[str, Any] = {
         "core": {"site_cache_dir": str(private / "tmp" / "site"), "autostage": False},
         "cache": {"dir": str(private / "cache")},
     }
-    if settings.dvc_remote:
+    if remote:
         config["core"]["remote"] = "store"
         config["remote"] = {"store": {"url": _remote_url(settings)}}
-    logger = logging.getLogger("dvc")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    with _quiet(), DvcRepo(str(settings.data_dir), config=config) as dvc:
+        yield dvc
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """DVC prints advice, progress and what it then raises; we say it ourselves."""
+    loggers = [logging.getLogger(name) for name in ("dvc", "dvc_data", "dvc_objects")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
-        with DvcRepo(str(settings.data_dir), config=config) as dvc:
-            yield dvc
-    except DvcException as error:
-        raise _damaged(settings, error) from error
+        yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _cached(settings: Settings, oid: str) -> Path:
@@ -617,25 +626,27 @@ def _push(settings: Settings) -> None:
         missing.append(version)
     if not missing:
         return
-    with _dvc(settings) as dvc:
-        try:
-            result = dvc.cloud.push([HashInfo("md5", f"{v.md5}.dir") for v in missing])
-        except (DvcException, OSError) as error:
-            raise _remote_error(settings, f"{type(error).__name__}: {error}") from error
+    hashes = {f"{version.md5}.dir" for version in missing}
+    hashes |= {oid for version in missing for oid in _tree(settings, version.md5).values()}
+    try:
+        with _dvc(settings, remote=True) as dvc:
+            result = dvc.cloud.push([HashInfo("md5", oid) for oid in sorted(hashes)])
+    except (DvcException, OSError) as error:
+        raise _remote_error(settings, f"{type(error).__name__}: {error}") from error
     if result.failed:
         raise _remote_error(settings, f"{len(result.failed)} files could not be written")
     _replace(marker, json.dumps({"url": url, "rev": missing[0].rev}).encode())
 
 
 def _pull(settings: Settings, oid: str) -> None:
-    with _locked(settings), _dvc(settings) as dvc:
-        try:
+    try:
+        with _locked(settings), _dvc(settings, remote=True) as dvc:
             dvc.cloud.pull([HashInfo("md5", oid)])
-        except (DvcException, OSError) as error:
-            raise DatasetError(
-                f"Data {oid} is not in the cache, and the DVC remote {settings.dvc_remote} cannot "
-                f"be read: {error}. Check PERENNIAL_DVC_REMOTE."
-            ) from error
+    except (DvcException, OSError) as error:
+        raise DatasetError(
+            f"Data {oid} is not in the cache, and the DVC remote {settings.dvc_remote} cannot be "
+            f"read: {error}. Check PERENNIAL_DVC_REMOTE."
+        ) from error
 
 
 def _remote_error(settings: Settings, why: str) -> DatasetError:
