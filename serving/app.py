@@ -112,9 +112,14 @@ def main(settings: Settings) -> int:
     if several:
         Multiprocess(config, sockets=[sock]).run()
         return 0
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # uvicorn's own while it runs; 0 is returned after
     server = uvicorn.Server(config)
+
+    def stop(*_: object) -> None:
+        if not server.should_exit:  # uvicorn does not listen to signals yet; later it has obeyed
+            raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
     server.run(sockets=[sock])
     return 0 if server.started else 1
 

@@ -1,0 +1,160 @@
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from forecasting import predictions
+from forecasting.errors import ServiceError
+from forecasting.predictions import Prediction, Spool, has_undrained, open_segments
+from tests.predictions import make_prediction
+
+
+def read_all(folder: Path) -> list[Prediction]:
+    with open_segments(folder) as segments:
+        return [record for item in segments if (b := item.read()) for _, record in b.records]
+
+
+def test_a_line_is_on_disk_when_append_returns(tmp_path):
+    spool = Spool(tmp_path / "spool", "web")
+    record = make_prediction()
+    spool.append(record)
+    assert read_all(tmp_path / "spool") == [record]
+    assert (spool.written, spool.pending) == (1, 0)
+    spool.close()
+
+
+def test_nothing_is_made_before_the_first_record(tmp_path):
+    Spool(tmp_path / "spool", "web").close()
+    assert not (tmp_path / "spool").exists()
+    assert not has_undrained(tmp_path / "spool")
+
+
+def test_a_killed_process_loses_nothing_and_frees_its_segment(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from forecasting.predictions import Spool; from tests.predictions import make_prediction\n"
+        "spool = Spool(Path(sys.argv[1]), 'web')\n"
+        "for _ in range(50): spool.append(make_prediction())\n"
+        "os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, timeout=60)
+    with open_segments(tmp_path) as segments:
+        (segment,) = segments
+        batch = segment.read()
+        assert batch is not None
+        assert len(batch.records) == 50
+        assert segment.finished
+
+
+def test_a_segment_being_written_is_not_finished(tmp_path):
+    spool = Spool(tmp_path, "web")
+    spool.append(make_prediction())
+    with open_segments(tmp_path) as segments:
+        assert [segment.finished for segment in segments] == [False]
+    spool.close()
+    with open_segments(tmp_path) as segments:
+        assert [segment.finished for segment in segments] == [True]
+
+
+def test_a_full_segment_is_followed_by_the_next(tmp_path):
+    spool = Spool(tmp_path, "web", segment_bytes=3000)
+    records = [make_prediction() for _ in range(5)]
+    for record in records:
+        spool.append(record)
+    spool.close()
+    assert len(list(tmp_path.glob("*.jsonl"))) > 1
+    assert sorted(r.id for r in read_all(tmp_path)) == sorted(r.id for r in records)
+
+
+def test_threads_do_not_tear_lines(tmp_path):
+    spool = Spool(tmp_path, "web")
+
+    def write() -> None:
+        for _ in range(50):
+            spool.append(make_prediction())
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({record.id for record in read_all(tmp_path)}) == 200
+    spool.close()
+
+
+def test_an_unfinished_line_waits_for_its_writer(tmp_path):
+    spool = Spool(tmp_path, "web")
+    spool.append(make_prediction())
+    (path,) = tmp_path.glob("*.jsonl")
+    whole = path.stat().st_size
+    with path.open("ab") as handle:
+        handle.write(b'{"id": "half')
+    with open_segments(tmp_path) as segments:
+        batch = next(segments).read()
+    assert batch is not None
+    assert (len(batch.records), batch.bad, batch.end) == (1, [], whole)
+    spool.close()
+
+
+@pytest.mark.parametrize("length", [10, 5000])
+def test_a_torn_last_line_of_a_dead_writer_is_bad(tmp_path, length):
+    (tmp_path / "web-1.jsonl").write_bytes(b"x" * length)
+    with open_segments(tmp_path) as segments:
+        batch = next(segments).read(most_bytes=100)
+    assert batch is not None
+    assert batch.bad == [b"x" * length]
+
+
+def test_reading_goes_on_where_it_was_committed(tmp_path):
+    spool = Spool(tmp_path, "web")
+    for _ in range(3):
+        spool.append(make_prediction())
+    with open_segments(tmp_path) as segments:
+        segment = next(segments)
+        batch = segment.read(most_bytes=10)
+        assert batch is not None
+        assert len(batch.records) == 1
+        segment.commit(batch, [])
+    with open_segments(tmp_path) as segments:
+        batch = next(segments).read()
+        assert batch is not None
+        assert len(batch.records) == 2
+    assert has_undrained(tmp_path)
+    spool.close()
+
+
+@pytest.mark.parametrize("offset", ["99999999", "-3", "nonsense", ""])
+def test_a_damaged_offset_means_from_the_start(tmp_path, offset):
+    spool = Spool(tmp_path, "web")
+    spool.append(make_prediction())
+    spool.close()
+    (path,) = tmp_path.glob("*.jsonl")
+    path.with_suffix(".offset").write_text(offset)
+    assert len(read_all(tmp_path)) == 1
+
+
+def test_a_full_disk_keeps_records_in_memory_until_it_is_not(tmp_path, monkeypatch):
+    folder = tmp_path / "spool"
+    folder.write_text("a file where the folder should be")
+    spool = Spool(folder, "web")
+    record = make_prediction()
+    spool.append(record)
+    assert (spool.pending, spool.written) == (1, 0)
+    assert spool.failures
+    monkeypatch.setattr(predictions, "MOST_PENDING", 1)
+    with pytest.raises(ServiceError, match="Free disk space"):
+        spool.append(make_prediction())
+    folder.unlink()
+    assert spool.flush()
+    assert read_all(folder) == [record]
+    spool.close()
+
+
+def test_a_record_whose_parts_do_not_fit_is_no_record(tmp_path):
+    record = msgspec.to_builtins(make_prediction())
+    record["quantiles"][2].pop()
+    with pytest.raises(msgspec.ValidationError, match="fit together"):
+        msgspec.convert(record, Prediction)
