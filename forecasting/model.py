@@ -347,10 +347,13 @@ def _forecast(network: Network, windows: Windows) -> np.ndarray[Any, np.dtype[np
 
 
 def _write_graph(fitted: Fitted, path: Path) -> None:
-    """The legacy exporter keeps the LSTM one node, which runs faster than its unrolled form."""
+    """The legacy exporter keeps the LSTM one node, which runs faster than what the new one writes.
+
+    It warns of its age, and of shape checks inside the LSTM that tracing leaves out; what it
+    writes is checked afterwards.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             fitted.network,
             _arguments(fitted.sample),

@@ -7,6 +7,7 @@ every trial as it ends, so that the caller can log it.
 import logging
 import math
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -14,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +56,8 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the run, not only the experiment
 }
+
+_SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
 
 
 @dataclass(frozen=True)
@@ -212,7 +216,7 @@ class _Listener(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
     ) -> None:
         heard = self.heard[trial.trial_id]
-        heard.error = str(trial.get_error()).strip().splitlines()[-1]
+        heard.error = _last_line(trial.error_file)
         _log.warning("Trial %d failed with %s: %s", heard.number, heard.config, heard.error)
         self._end(heard, "FAILED")
 
@@ -230,6 +234,12 @@ class _Silence(tune.ProgressReporter):
 
     def report(self, trials: list[Trial], done: bool, *sys_info: str) -> None:
         """Nothing."""
+
+
+def _last_line(error_file: str | None) -> str:
+    if error_file is None or not Path(error_file).is_file():
+        return "its worker was lost"
+    return Path(error_file).read_text().strip().splitlines()[-1]
 
 
 def _result(listener: _Listener) -> SearchResult:
@@ -272,8 +282,8 @@ def _ray(settings: Settings, folder: Path) -> Iterator[None]:
 
     A Ray that the caller has started already is used and left running.
     """
-    own = _WORKER_ENVIRONMENT | {"TMPDIR": str(folder)}  # a killed trial leaves nothing behind
-    with _environment(_ENVIRONMENT | own), _signals_kept():
+    own = {} if settings.ray_address else _private(folder)
+    with _environment(_ENVIRONMENT | _WORKER_ENVIRONMENT | own), _signals_kept():
         if ray.is_initialized():
             yield
             return
@@ -282,6 +292,20 @@ def _ray(settings: Settings, folder: Path) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _private(folder: Path) -> dict[str, str]:
+    """What keeps an own Ray to itself: a killed trial's files, and the token of its ports.
+
+    Without a token in the environment, Ray would write one into the user's home.
+    """
+    return {"TMPDIR": str(folder), "RAY_AUTH_TOKEN": _token()}
+
+
+@cache
+def _token() -> str:
+    """One a process, since Ray reads it once."""
+    return secrets.token_hex(32)
 
 
 def _start_ray(settings: Settings, folder: Path) -> None:
@@ -318,8 +342,8 @@ def warm_up() -> None:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables that Ray and its workers read when they start, put back afterwards."""
-    before = {name: os.environ.get(name) for name in values}
+    """Variables that Ray and its workers read when they start, put back with what Ray sets."""
+    before = {name: os.environ.get(name) for name in (*values, *_SET_BY_RAY)}
     os.environ.update(values)
     try:
         yield

@@ -4,33 +4,17 @@ from datetime import date
 from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forecasting.errors import HistoryError
 from forecasting.windows import MIN_TRAIN, join, make_windows, split
-
-
-def _frame(rows: int, seed: int = 0) -> pd.DataFrame:
-    rng = np.random.default_rng(seed)
-    close = 100 * np.exp(np.cumsum(rng.normal(0, 0.02, rows)))
-    spread = np.exp(rng.uniform(0.001, 0.03, rows))
-    return pd.DataFrame(
-        {
-            "open": close,
-            "high": close * spread,
-            "low": close / spread,
-            "close": close,
-            "volume": rng.integers(1_000, 9_000, rows).astype(float),
-        },
-        index=pd.bdate_range("2005-01-03", periods=rows, name="date"),
-    )
+from tests.market import market
 
 
 def test_windows_agree_with_a_slow_loop():
-    frame, context, horizon = _frame(50), 32, 3
+    frame, context, horizon = market(50), 32, 3
     windows = make_windows(frame, context, horizon, symbol_index=2)
     assert len(windows) == 19
     assert windows.ohlcv.dtype == np.float32
@@ -63,7 +47,7 @@ def test_windows_agree_with_a_slow_loop():
 )
 def test_no_target_reaches_a_later_part(extra, horizon, validation, gate):
     rows = 32 - 1 + MIN_TRAIN + validation + gate + 3 * horizon + extra
-    windows = make_windows(_frame(rows), 32, horizon)
+    windows = make_windows(market(rows), 32, horizon)
     parts = split(windows, validation, gate)
     order = [parts.train, parts.validation, parts.gate]
     assert [len(part) for part in order] == [MIN_TRAIN + extra, validation, gate]
@@ -79,14 +63,14 @@ def test_no_target_reaches_a_later_part(extra, horizon, validation, gate):
 def test_too_short_a_history_says_what_is_needed():
     needed = 32 - 1 + MIN_TRAIN + 20 + 30 + 3 * 5
     with pytest.raises(HistoryError, match=rf"{needed} rows .* {needed - 1} found"):
-        split(make_windows(_frame(needed - 1), 32, 5), 20, 30)
-    split(make_windows(_frame(needed), 32, 5), 20, 30)
+        split(make_windows(market(needed - 1), 32, 5), 20, 30)
+    split(make_windows(market(needed), 32, 5), 20, 30)
     with pytest.raises(HistoryError, match=r"32 rows .* 31 found"):
-        make_windows(_frame(31), 32, 5)
+        make_windows(market(31), 32, 5)
 
 
 def test_symbols_are_joined_and_split_on_the_same_days():
-    both = join([make_windows(_frame(260, seed), 32, 5, seed) for seed in (0, 1)])
+    both = join([make_windows(market(260, seed), 32, 5, seed) for seed in (0, 1)])
     parts = split(both, 20, 20)
     for part in (parts.train, parts.validation, parts.gate):
         assert set(part.symbol) == {0, 1}
@@ -97,7 +81,7 @@ def test_symbols_are_joined_and_split_on_the_same_days():
 
 
 def test_windows_at_chosen_origins():
-    windows = make_windows(_frame(80), 40, 5)
+    windows = make_windows(market(80), 40, 5)
     chosen = windows.at(windows.origins[5:9])
     np.testing.assert_array_equal(chosen.origins, windows.origins[5:9])
     with pytest.raises(HistoryError, match="1 have none"):

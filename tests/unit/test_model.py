@@ -1,0 +1,173 @@
+"""Fit and export: quality of the start, reproducible to the byte, free of leaks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from forecasting import backtest, metrics
+from forecasting.contract import GOLDEN_FILE, MODEL_FILE, QUANTILE_LEVELS, Golden, decode, seal
+from forecasting.errors import TrainingError
+from forecasting.inference import Forecaster
+from forecasting.model import Fitted, ModelConfig, crps, export_onnx, fit
+from forecasting.network import Network
+from forecasting.windows import Splits, make_windows, split
+from tests.market import goog, market
+
+CONFIG = ModelConfig(hidden=8)
+
+
+def _splits(frame) -> Splits:
+    return split(make_windows(frame, 40, 5), 40, 40)
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return _splits(market(420))
+
+
+@pytest.fixture(scope="module")
+def fitted(splits, tmp_path_factory) -> Fitted:
+    return fit(splits, CONFIG, 4, folder=tmp_path_factory.mktemp("fit"))
+
+
+def _exported(fitted: Fitted, folder: Path) -> dict[str, bytes]:
+    folder.mkdir()
+    export_onnx(fitted, folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _load(fitted: Fitted, folder: Path) -> Forecaster:
+    facts = dict.fromkeys(("forecaster", "dataset_md5", "dataset_rev", "run_id", "git_commit"), "")
+    seal(
+        folder,
+        facts
+        | {
+            "symbols": ("A",),
+            "kind": fitted.kind,
+            "context": fitted.sample.context,
+            "horizon": fitted.sample.horizon,
+            "as_of": fitted.train_end,
+            "train_start": fitted.train_start,
+            "train_end": fitted.train_end,
+        },
+    )
+    return Forecaster.load(folder, version=1)
+
+
+def test_the_loss_is_the_metric():
+    rng = np.random.default_rng(0)
+    returns = rng.normal(size=(7, 3))
+    quantiles = np.sort(rng.normal(size=(7, 3, len(QUANTILE_LEVELS))), axis=-1)
+    np.testing.assert_allclose(
+        crps(torch.from_numpy(returns), torch.from_numpy(quantiles)).numpy(),
+        metrics.crps(returns, quantiles, QUANTILE_LEVELS),
+        rtol=1e-6,
+    )
+
+
+def test_a_fit_says_how_it_went(splits, tmp_path):
+    heard: list[tuple[int, float]] = []
+    fitted = fit(splits, CONFIG, 3, folder=tmp_path, report=lambda *said: heard.append(said))
+    assert heard == [(score.epoch, score.validation) for score in fitted.history]
+    assert [epoch for epoch, _ in heard] == [1, 2, 3]
+    assert fitted.trained == min(score for _, score in heard)
+    # the first weights hardly correct the baseline
+    assert fitted.untrained == pytest.approx(fitted.volatility, rel=1e-3)
+    better = fitted.trained < min(fitted.untrained, fitted.volatility)
+    assert fitted.kind == ("lstm" if better else "volatility")
+    assert float(fitted.network.switch) == float(better)
+    assert fitted.train_start == splits.train.first_day
+    assert fitted.train_end == splits.validation.last_day
+    assert (tmp_path / "best.ckpt").is_file()
+
+
+def test_a_network_that_learned_nothing_is_switched_off(splits, tmp_path):
+    harmed = fit(splits, ModelConfig(hidden=8, lr=3.0), 1, folder=tmp_path)
+    assert harmed.trained > harmed.volatility
+    assert harmed.kind == "volatility"
+    assert float(harmed.network.switch) == 0
+
+
+def test_the_export_gives_what_torch_gives(fitted, splits, tmp_path):
+    files = _exported(fitted, tmp_path / "model")
+    assert sorted(files) == [GOLDEN_FILE, MODEL_FILE]
+    forecaster = _load(fitted, tmp_path / "model")
+    gate = splits.gate
+    with torch.no_grad():
+        expected = fitted.network(
+            torch.from_numpy(gate.ohlcv),
+            torch.from_numpy(gate.dates),
+            torch.from_numpy(gate.symbol),
+        ).numpy()
+    got = forecaster.predict(gate.ohlcv, gate.dates, gate.symbol)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    one = forecaster.predict(gate.ohlcv[:1], gate.dates[:1], gate.symbol[:1])
+    np.testing.assert_allclose(one, expected[:1], rtol=1e-5)
+    golden = decode(files[GOLDEN_FILE], Golden, GOLDEN_FILE)
+    assert golden.dates == splits.validation.dates[-1:].tolist()
+
+
+class _Unfaithful(Network):
+    """Computes one thing and exports another."""
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(*inputs) * (1.01 if torch.jit.is_tracing() else 1.0)
+
+
+def test_an_export_that_differs_from_torch_is_refused(fitted, tmp_path):
+    network = _Unfaithful(CONFIG, 5, 1).eval()
+    network.load_state_dict(fitted.network.state_dict())
+    with pytest.raises(TrainingError, match=r"cannot be served.*does not reproduce"):
+        _exported(replace(fitted, network=network), tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_the_same_windows_and_seed_give_the_same_bytes(fitted, splits, tmp_path):
+    torch.manual_seed(123)  # nobody's business
+    state = torch.get_rng_state()
+    again = fit(splits, CONFIG, 4, folder=tmp_path / "fit")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again.history == fitted.history
+    first, second = _exported(fitted, tmp_path / "a"), _exported(again, tmp_path / "b")
+    assert first == second
+    other = fit(splits, ModelConfig(hidden=8, seed=8), 4, folder=tmp_path / "other")
+    assert _exported(other, tmp_path / "c") != first
+    assert str(tmp_path).encode() not in first[MODEL_FILE]
+
+
+def test_a_resumed_fit_is_the_fit_that_was_interrupted(fitted, splits, tmp_path):
+    fit(splits, CONFIG, 2, folder=tmp_path)
+    resumed = fit(splits, CONFIG, 4, folder=tmp_path, resume=tmp_path / "last.ckpt")
+    assert resumed.history == fitted.history
+    assert resumed.best_epoch == fitted.best_epoch
+    for mine, theirs in zip(
+        resumed.network.state_dict().values(), fitted.network.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+
+
+def test_no_row_after_the_last_validation_target_is_looked_at(fitted, splits, tmp_path):
+    frame = market(420)
+    first_unseen = frame.index.get_loc(str(splits.validation.last_day)) + 5 + 1
+    changed = frame.copy()
+    changed.iloc[first_unseen:] = market(420, seed=9).iloc[first_unseen:] * 3
+    again = fit(_splits(changed), CONFIG, 4, folder=tmp_path / "fit")
+    assert _exported(again, tmp_path / "a") == _exported(fitted, tmp_path / "b")
+
+
+def test_a_diverging_fit_is_an_error(splits, tmp_path):
+    with pytest.raises(TrainingError, match="Lower lr"):
+        fit(splits, ModelConfig(hidden=8, lr=float("inf")), 2, folder=tmp_path)
+
+
+@pytest.mark.parametrize("as_of", ["2007-06-29", "2007-12-31", "2008-10-31"])
+def test_untrained_it_is_as_good_as_the_random_walk_on_real_prices(as_of, tmp_path):
+    frame = goog(as_of)
+    splits = split(make_windows(frame, 64, 5), 120, 120)
+    fitted = fit(splits, ModelConfig(), 1, folder=tmp_path)
+    random_walk = backtest.score_random_walk(frame, splits.validation).mean()
+    assert fitted.untrained < 1.01 * random_walk
+    assert fitted.volatility < random_walk
