@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import ray
 from ray import tune
@@ -321,6 +323,7 @@ def _start_ray(settings: Settings, folder: Path) -> None:
         )
         return
     try:
+        _knock(settings.ray_address)
         ray.init(
             address=settings.ray_address,
             runtime_env={
@@ -329,11 +332,18 @@ def _start_ray(settings: Settings, folder: Path) -> None:
             },
             **quiet,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ServiceError(
-            f"No Ray cluster answers at {settings.ray_address}: {error} "
+            f"No Ray cluster answers at {settings.ray_address}: {error}. "
             "Check PERENNIAL_RAY_ADDRESS or RAY_ADDRESS; empty means Ray in this process."
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Fail within seconds where Ray would wait for minutes and then end the process."""
+    where = urlsplit(address if "://" in address else f"ray://{address}")
+    if where.hostname and where.port:
+        socket.create_connection((where.hostname, where.port), timeout=5).close()
 
 
 def warm_up() -> None:

@@ -2,13 +2,15 @@
 
 import os
 import signal
+import socket
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
-from forecasting.errors import TrainingError
+from forecasting.errors import ServiceError, TrainingError
 from forecasting.model import ModelConfig
 from forecasting.settings import Settings, load_settings
 from forecasting.windows import Splits, make_windows, split
@@ -78,3 +80,12 @@ def test_trials_that_fail_do_not_end_the_search_unless_all_do(tmp_path):
         (1, "FAILED"),
     ]
     assert _ray_left_over() == []
+
+
+def test_a_cluster_that_is_away_is_named(splits, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(ServiceError, match=f"No Ray cluster answers at {address}"):
+            run_search(splits, _settings(tmp_path, ray_address=address))
+    assert not ray.is_initialized()
