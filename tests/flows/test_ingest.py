@@ -1,0 +1,67 @@
+"""The flow `ingest` on a Prefect server: typed result, artifacts, failures."""
+
+from datetime import date
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
+from prefect.client.schemas.sorting import ArtifactSort
+
+from flows.ingest import IngestResult, ingest, today_or
+from forecasting import datasets
+from forecasting.errors import SourceError
+from forecasting.settings import load_settings
+
+DAY = date(2008, 9, 15)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The flow builds its own settings: it is told its home as a user tells it."""
+    monkeypatch.setenv("PERENNIAL_HOME", str(tmp_path / "home"))
+    return load_settings()
+
+
+def artifact(key: str) -> str:
+    """Data of the newest artifact of that name (`Artifact.get` leaves sockets open)."""
+    wanted = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(artifact_filter=wanted, sort=ArtifactSort.UPDATED_DESC)
+    return str(found[0].data)
+
+
+def test_ingest_returns_the_version_and_shows_the_data(prefect_server, home):
+    result = ingest(symbols=["GOOG", "IBM"], as_of=DAY)
+    assert isinstance(result, IngestResult)
+    assert result.changed
+    assert result.rows == {"GOOG": 1026, "IBM": 2148}
+    assert result.md5 == datasets.current(home).md5
+    assert '"symbol": "IBM"' in artifact("data-summary")
+    assert result.md5 in artifact("dataset-version")
+    assert IngestResult.model_validate_json(result.model_dump_json()) == result
+
+
+def test_a_second_ingest_finds_nothing_new(prefect_server, home):
+    first = ingest(as_of=DAY)
+    again = ingest(as_of=DAY)
+    assert first.symbols == ["GOOG"]
+    assert not again.changed
+    assert (again.md5, again.rev) == (first.md5, first.rev)
+
+
+def test_an_unknown_symbol_fails_at_once(prefect_server, home):
+    with pytest.raises(SourceError, match="it knows AAPL, FB, GOOG, IBM, MSFT"):
+        ingest(symbols=["NOPE"], as_of=DAY)
+    assert datasets.current(home) is None
+
+
+def test_parameters_are_typed_for_the_ui():
+    schema = ingest.parameters.model_dump()["properties"]
+    assert schema["symbols"]["default"] == ["GOOG"]
+    assert schema["symbols"]["items"] == {"type": "string"}
+    assert {"type": "string", "format": "date"} in schema["as_of"]["anyOf"]
+
+
+def test_today_is_the_default():
+    assert today_or(DAY) == DAY
+    assert today_or(None) == date.today()
