@@ -186,12 +186,19 @@ def _read(address: str) -> bytes:
 def _yfinance(settings: Settings, symbol: str) -> Payload:
     address = f"https://finance.yahoo.com/quote/{symbol}"
     package = _import_yfinance()
+    package.config.debug.hide_exceptions = False
     lost = (*_NETWORK, package.exceptions.YFException)
 
     def history() -> pd.DataFrame:
-        table: pd.DataFrame = package.Ticker(symbol).history(
-            period="max", auto_adjust=False, actions=True, raise_errors=True
-        )
+        try:
+            table: pd.DataFrame = package.Ticker(symbol).history(
+                period="max", auto_adjust=False, actions=True
+            )
+        except package.exceptions.YFTickerMissingError as error:
+            raise SourceError(
+                f"Source yfinance has no prices of {symbol} at {address}: {error}. "
+                "Check the symbol."
+            ) from None
         return table
 
     table = _with_retries(settings, "yfinance", address, history, lost)
@@ -269,11 +276,16 @@ def as_traded(history: pd.DataFrame) -> pd.DataFrame:
     splits = np.where(splits > 0, splits, 1.0)
     later = np.append(np.cumprod(splits[::-1])[::-1][1:], 1.0)  # splits after each day
     columns: dict[str, object] = {"date": days}
-    columns |= {name: table[name].to_numpy(dtype="float64") * later for name in PRICES}
+    columns |= {name: _to_micro(table[name].to_numpy(dtype="float64") * later) for name in PRICES}
     columns["volume"] = table["volume"].to_numpy(dtype="float64") / later
     columns["splits"] = splits
     columns["dividends"] = table["dividends"].to_numpy(dtype="float64") * later
     return pd.DataFrame(columns)
+
+
+def _to_micro(prices: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Without the noise of single precision, which could put a close above its high."""
+    return np.round(prices, 6)
 
 
 def final_days(table: pd.DataFrame, now: datetime) -> pd.DataFrame:
