@@ -104,10 +104,13 @@ def run_search(
                 name="search",
                 storage_path=str(folder / "tune"),
                 callbacks=[listener],
+                stop=_StopOnError(listener),
                 progress_reporter=_Silence(),
                 verbose=0,
             ),
         ).fit()
+    if listener.raised is not None:
+        raise listener.raised
     return _result(listener)
 
 
@@ -190,6 +193,7 @@ class _Listener(tune.Callback):
     def __init__(self, settings: Settings, on_trial: OnTrial | None) -> None:
         self.settings, self.on_trial = settings, on_trial
         self.heard: dict[str, _Heard] = {}
+        self.raised: Exception | None = None
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
@@ -224,8 +228,25 @@ class _Listener(tune.Callback):
 
     def _end(self, heard: _Heard, status: Status) -> None:
         heard.status = status
-        if self.on_trial is not None:
+        if self.on_trial is None or self.raised is not None:
+            return
+        try:
             self.on_trial(heard.number, asdict(heard.config), heard.history, status)
+        except Exception as error:  # noqa: BLE001  (raised again after Tune, which would log it only)
+            self.raised = error
+
+
+class _StopOnError(tune.Stopper):
+    """Ends the search once the caller's `on_trial` has raised."""
+
+    def __init__(self, listener: _Listener) -> None:
+        self.listener = listener
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.listener.raised is not None
 
 
 class _Silence(tune.ProgressReporter):

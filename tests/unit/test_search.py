@@ -10,7 +10,7 @@ import psutil
 import pytest
 import ray
 
-from forecasting.errors import ServiceError, TrainingError
+from forecasting.errors import RegistryError, ServiceError, TrainingError
 from forecasting.model import ModelConfig
 from forecasting.settings import Settings, load_settings
 from forecasting.windows import Splits, make_windows, split
@@ -79,6 +79,15 @@ def test_trials_that_fail_do_not_end_the_search_unless_all_do(tmp_path):
         (0, "FAILED"),
         (1, "FAILED"),
     ]
+    assert _ray_left_over() == []
+
+
+def test_what_the_caller_raises_ends_the_search(splits, tmp_path):
+    def full_disk(*_trial: object) -> None:
+        raise RegistryError("disk is full")
+
+    with pytest.raises(RegistryError, match="disk is full"):
+        run_search(splits, _settings(tmp_path), on_trial=full_disk)
     assert _ray_left_over() == []
 
 
