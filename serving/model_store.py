@@ -44,6 +44,10 @@ class Refused(msgspec.Struct, frozen=True):
     reason: str
     refused_at: datetime
 
+    def age_seconds(self) -> float:
+        """How long ago that was."""
+        return (datetime.now(UTC) - self.refused_at).total_seconds()
+
 
 class ModelStore:
     """Reads and writes one model store folder. Holds no state."""
@@ -179,6 +183,15 @@ class ModelStore:
         """Note why a version was not let in."""
         refused = Refused(version, reason, datetime.now(UTC))
         write_atomically(self._home(forecaster) / REFUSED_FILE, msgspec.json.encode(refused))
+
+    def forget_refusal(self, forecaster: str, version: int, seconds: float) -> None:
+        """Forget a refusal older than `seconds` of a version other than `version`.
+
+        Production moved away from it; should it come back, it is judged anew.
+        """
+        refused = self.refused(forecaster)
+        if refused and refused.version != version and refused.age_seconds() > seconds:
+            (self._home(forecaster) / REFUSED_FILE).unlink(missing_ok=True)
 
     def put_snapshot(self, snapshot: Snapshot) -> None:
         """Replace the latest rows of a symbol."""

@@ -10,7 +10,6 @@ import logging
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -47,7 +46,6 @@ class AliasFollower:
     def __init__(self, registry: Registry, store: ModelStore) -> None:
         self._registry = registry
         self._store = store
-        self._refused: dict[tuple[str, int], float] = {}
         self._sound: set[tuple[str, int]] = set()
 
     def step(self) -> list[str]:
@@ -62,11 +60,11 @@ class AliasFollower:
         installed = []
         for name, version in sorted(self._registry.production_versions().items()):
             if self._is_current(name, version) or self._was_refused(name, version):
+                self._store.forget_refusal(name, version, REFUSED_AGAIN_SECONDS)
                 continue
             try:
                 self._install(name, version)
             except ContractError as error:
-                self._refused[name, version] = time.monotonic()
                 self._store.refuse(name, version, str(error))
                 log.warning("refused %s version %d: %s", name, version, error)
             else:
@@ -88,8 +86,12 @@ class AliasFollower:
         return True
 
     def _was_refused(self, name: str, version: int) -> bool:
-        since = self._refused.get((name, version))
-        return since is not None and time.monotonic() - since < REFUSED_AGAIN_SECONDS
+        refused = self._store.refused(name)
+        return (
+            refused is not None
+            and refused.version == version
+            and refused.age_seconds() < REFUSED_AGAIN_SECONDS
+        )
 
     def _install(self, name: str, version: int) -> None:
         folder = self._store.incoming()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import tests.postgres  # noqa: F401  reads its address before the environment is cleaned
 from forecasting.settings import Settings, load_settings
 
 FOREIGN = ("PREFECT_", "MLFLOW_", "RAY_", "DVC_", "PERENNIAL_")

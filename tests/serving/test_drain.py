@@ -1,0 +1,124 @@
+"""`python -m serving drain`: from the spool into SQL, whatever happens to the database."""
+
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from forecasting.predictions import Spool
+from tests.postgres import ADDRESS, postgres_schema
+from tests.predictions import make_prediction
+from tests.serving.running import install, put_prices, started, until, web
+
+
+def rows(database: Path) -> int:
+    if not database.exists():
+        return 0
+    with closing(sqlite3.connect(database, timeout=30)) as connection:
+        try:
+            return int(connection.execute("SELECT count(*) FROM predictions").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
+
+
+@pytest.fixture
+def spool(tmp_path):
+    made = Spool(tmp_path / "spool", "test")
+    yield made
+    made.close()
+
+
+def test_answers_arrive_in_sql_while_the_server_runs(tmp_path):
+    install(tmp_path, 1)
+    put_prices(tmp_path)
+    with web(tmp_path) as server, started("drain", tmp_path) as drain:
+        for _ in range(4):
+            server.get("/v1/forecast/GOOG")
+        until(lambda: rows(tmp_path / "perennial.db") == 20, "4 answers of 5 horizons in SQL")
+        assert list((tmp_path / "spool").glob("*.jsonl")), "the server still writes this one"
+        server.stop()
+        until(lambda: not list((tmp_path / "spool").glob("web*")), "the segment to be removed")
+        assert drain.stop() == 0
+
+
+def test_the_last_lines_are_drained_on_sigterm(tmp_path, spool):
+    with started("drain", tmp_path) as drain:
+        until(lambda: drain.logged("draining"), "the start")
+        for _ in range(50):
+            spool.append(make_prediction())
+        assert drain.stop() == 0
+    assert rows(tmp_path / "perennial.db") == 250
+
+
+def test_a_damaged_database_is_said_once_and_used_again_when_repaired(tmp_path, spool):
+    database = tmp_path / "perennial.db"
+    database.write_bytes(b"no database at all " * 500)
+    spool.append(make_prediction())
+    with started("drain", tmp_path) as drain:
+        until(lambda: drain.logged("cannot be used"), "the complaint")
+        assert "can be moved away" in drain.log
+        assert drain.popen.poll() is None
+        database.rename(tmp_path / "damaged.db")
+        until(lambda: rows(database) == 5, "the spool in the new database")
+        assert drain.log.count("cannot be used") == 1
+        assert drain.logged("takes predictions again")
+
+
+def test_what_could_not_be_drained_is_drained_at_the_next_start(tmp_path, spool):
+    database = tmp_path / "perennial.db"
+    database.write_bytes(b"no database at all " * 500)
+    spool.append(make_prediction())
+    with started("drain", tmp_path) as drain:
+        until(lambda: drain.logged("cannot be used"), "the complaint")
+        assert drain.stop() == 1
+        assert "drained at the next start" in drain.log
+    database.unlink()
+    with started("drain", tmp_path) as drain:
+        until(lambda: rows(database) == 5, "the spool in the new database")
+
+
+def test_killed_drainers_store_everything_once(tmp_path, spool):
+    database = tmp_path / "perennial.db"
+    for before in (0, 100, 200):
+        for _ in range(20):
+            spool.append(make_prediction())
+        with started("drain", tmp_path) as drain:
+            until(lambda before=before: rows(database) > before, "some rows")
+            drain.kill()
+    with started("drain", tmp_path) as drain:
+        until(lambda: drain.logged("draining"), "the start")
+        assert drain.stop() == 0
+    assert rows(database) == 300
+
+
+def test_postgresql(tmp_path, spool):
+    with postgres_schema() as url:
+        schema = url.rpartition("%3D")[2]
+        with started("drain", tmp_path, database_url=url) as drain:
+            until(lambda: drain.logged("draining"), "the start")
+            for _ in range(10):
+                spool.append(make_prediction())
+
+            def stored() -> bool:
+                with psycopg.connect(ADDRESS) as connection:
+                    query = f'SELECT count(*) FROM "{schema}".predictions'
+                    try:
+                        return connection.execute(query).fetchone() == (50,)
+                    except psycopg.errors.UndefinedTable:
+                        return False
+
+            until(stored, "50 rows in PostgreSQL")
+            assert drain.stop() == 0
+        assert not (tmp_path / "perennial.db").exists()
+
+
+def test_a_database_server_that_is_away_keeps_the_spool(tmp_path, spool):
+    spool.append(make_prediction())
+    url = "postgresql://nobody:secret@127.0.0.1:9/nothing"
+    with started("drain", tmp_path, database_url=url) as drain:
+        until(lambda: drain.logged("cannot be used"), "the complaint")
+        assert "secret" not in drain.log
+        assert drain.stop() == 1
+    assert [path.stat().st_size > 0 for path in (tmp_path / "spool").glob("*.jsonl")] == [True]
