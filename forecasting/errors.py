@@ -11,7 +11,8 @@
     │   ├── ContractError      a model folder is incomplete, altered or of another contract version
     │   └── TrainingError      a fit or an export broke (diverged, not reproducible)
     ├── RegistryError          the model registry is away, or holds no such version or alias
-    └── ServiceError           another service (Prefect, server, database) misbehaved
+    ├── ServiceError           another service (Prefect, server, database) misbehaved
+    └── ProblemError           (serving.problems) a request that is answered with a problem
 
 Every message says what was expected, what came, and what to do next.
 """

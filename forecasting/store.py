@@ -28,9 +28,9 @@ from sqlalchemy import (
     event,
     make_url,
 )
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from forecasting.errors import ServiceError
+from forecasting.errors import ConfigError, ServiceError
 
 metadata = MetaData()
 
@@ -128,9 +128,17 @@ def open_engine(url: str) -> Engine:
     """Engine for `url` with all tables present.
 
     Raises:
+        ConfigError: `url` is no SQLAlchemy URL.
         ServiceError: the database cannot be reached or is not a database.
     """
-    parsed = make_url(url)
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except ArgumentError as error:
+        raise ConfigError(
+            "PERENNIAL_DATABASE_URL should be a SQLAlchemy URL such as "
+            f"postgresql://user@host/name or sqlite:////path/file.db: {error}."
+        ) from error
     sqlite = parsed.get_backend_name() == "sqlite"
     if sqlite and parsed.database:
         Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)

@@ -122,3 +122,12 @@ def test_a_database_server_that_is_away_keeps_the_spool(tmp_path, spool):
         assert "secret" not in drain.log
         assert drain.stop() == 1
     assert [path.stat().st_size > 0 for path in (tmp_path / "spool").glob("*.jsonl")] == [True]
+
+
+@pytest.mark.parametrize("url", ["nonsense", "oracel://somewhere/x"])
+def test_an_address_that_is_none_ends_the_drainer_with_a_message(tmp_path, spool, url):
+    spool.append(make_prediction())
+    with started("drain", tmp_path, database_url=url) as drain:
+        assert drain.popen.wait(30) == 2
+        assert "PERENNIAL_DATABASE_URL should be a SQLAlchemy URL" in drain.log
+        assert "Traceback" not in drain.log

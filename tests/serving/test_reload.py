@@ -283,3 +283,17 @@ def test_unknown_setting_and_unknown_command_are_refused(tmp_path):
     with started("wob", tmp_path) as process:
         assert process.popen.wait(30) == 2
         assert "invalid choice: 'wob'" in process.log
+
+
+def test_metrics_of_several_workers_are_summed(tmp_path):
+    install(tmp_path, 1)
+    put_prices(tmp_path)
+    with web(tmp_path, web_workers=2) as server:
+        for _ in range(20):  # a connection each, so that both workers get some
+            assert httpx.get(f"{server.url}/v1/forecast/GOOG").is_success
+        line = 'perennial_requests_total{method="GET",route="/v1/forecast/{symbol}",status="200"} '
+        until(lambda: f"{line}20.0" in server.get("/metrics").text, "20 requests counted")
+        assert (
+            'perennial_model_version{forecaster="perennial-goog"} 1.0'
+            in server.get("/metrics").text
+        )
