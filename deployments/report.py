@@ -93,7 +93,9 @@ class Facts:
         table = grouped.mean().round(2)
         table["forecasts"] = grouped.size()
         table["relative"] = (table["crps_bp"] / table["random_walk_bp"]).round(4)
-        return list(table.reset_index().to_dict(orient="records"))
+        return [
+            {str(k): v for k, v in row.items()} for row in table.reset_index().to_dict("records")
+        ]
 
 
 def collect(facts: Facts, settings: Settings, api: PrefectApi, symbol: str = "GOOG") -> None:
@@ -164,20 +166,14 @@ def _forecasts(engine: Engine, prices: pd.DataFrame, symbol: str) -> pd.DataFram
     found = found.sort_values("made_at").drop_duplicates(["origin", "horizon"], keep="last")
     found = found[found["crps_bp"].notna()].reset_index(drop=True)
     origins = np.array(sorted(found["origin"].unique()), dtype="datetime64[D]")
+    levels = [float(level) for level in found["levels"].iloc[0]]
     horizon = int(found["horizon"].max())
-    levels = np.array(found["levels"].iloc[0])
     walk = baselines.random_walk_quantiles(prices, origins, horizon, levels)
-    row = {origin: index for index, origin in enumerate(origins.astype(object))}
-    actual = np.log(found["actual"] / found["origin_close"]).to_numpy()
-    quantiles = np.stack(
-        [
-            walk[row[origin], h - 1]
-            for origin, h in zip(found["origin"], found["horizon"], strict=True)
-        ]
-    )
-    found["random_walk_bp"] = (
-        1e4 * metrics.crps(actual[:, None], quantiles[:, None, :], levels)[:, 0]
-    )
+    row = np.searchsorted(origins, found["origin"].to_numpy().astype("datetime64[D]"))
+    quantiles = walk[row, found["horizon"].to_numpy() - 1]
+    actual = np.log(found["actual"].to_numpy() / found["origin_close"].to_numpy())
+    scores = metrics.crps(actual[:, None], quantiles[:, None, :], levels)[:, 0]
+    found["random_walk_bp"] = metrics.BASIS_POINTS * scores
     return found
 
 

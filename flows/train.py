@@ -6,21 +6,21 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from forecasting.datasets import DatasetVersion
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel
 from sqlalchemy import Engine
-from tasks.ingest import ingest_prices
-from tasks.promote import promote_version
 
 from flows.ingest import today_or
 from forecasting import promotion
 from forecasting.contract import MODEL_FILE, Contract, read_contract
+from forecasting.datasets import DatasetVersion
 from forecasting.registry import PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.cache import cache_key, code_commit
+from tasks.ingest import ingest_prices
+from tasks.promote import promote_version
 from tasks.training import (
     Candidate,
     Found,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from uuid import UUID
 
-import httpx
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -12,6 +11,7 @@ from prefect.events.schemas.events import Event, Resource
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
 from forecasting import events
+from forecasting.errors import ServiceError
 from forecasting.settings import Settings
 from forecasting.store import engine_of
 
@@ -26,30 +26,43 @@ CONFIRM_SECONDS = 20
     retry_jitter_factor=0.3,
 )
 def deliver_events(settings: Settings) -> int:
+    """Post every undelivered event of the outbox; how many were delivered."""
+    delivered = deliver(settings)
+    get_run_logger().info("%d event(s) delivered", delivered)
+    return delivered
+
+
+def deliver(settings: Settings) -> int:
     """Post every undelivered event of the outbox and read each back; how many were delivered.
 
     Raises:
-        httpx.HTTPError: the API is away; the events stay in the outbox for the next run.
+        ServiceError: an event was accepted but cannot be read back.
+        httpx.HTTPError: the API is away. Either way the events stay in the outbox.
     """
     with engine_of(settings.sql_url) as engine:
         waiting = events.pending(engine)
         if not waiting:
             return 0
         ids = [each.id for each in waiting]
-        delivered = False
+        arrived = False
         try:
             with get_client(sync_client=True) as client:
-                _post(client, waiting)
-                delivered = _arrived(client, waiting)
+                known = _arrived(client, waiting)
+                _post(client, [each for each in waiting if each.id not in known])
+                arrived = _await_arrival(client, waiting)
         finally:
-            events.mark(engine, ids, delivered=delivered)
-    if not delivered:
-        raise httpx.ReadTimeout(f"Events {ids} were accepted but cannot be read back yet.")
-    get_run_logger().info("delivered %d event(s): %s", len(ids), [e.name for e in waiting])
+            events.mark(engine, ids, delivered=arrived)
+    if not arrived:
+        raise ServiceError(
+            f"Prefect accepted the events {', '.join(map(str, ids))} but does not list them after "
+            f"{CONFIRM_SECONDS} s. They stay in the outbox and are sent with the next run."
+        )
     return len(ids)
 
 
 def _post(client: SyncPrefectClient, outgoing: Sequence[events.Outgoing]) -> None:
+    if not outgoing:
+        return
     body = [
         Event(
             id=each.id,
@@ -63,23 +76,26 @@ def _post(client: SyncPrefectClient, outgoing: Sequence[events.Outgoing]) -> Non
     client.request("POST", "/events", json=body).raise_for_status()
 
 
-def _arrived(client: SyncPrefectClient, outgoing: Sequence[events.Outgoing]) -> bool:
-    wanted: set[UUID] = {each.id for each in outgoing}
+def _arrived(client: SyncPrefectClient, outgoing: Sequence[events.Outgoing]) -> set[UUID]:
+    """Ids of those events that the server lists."""
+    occurred = min(each.occurred_at for each in outgoing)
+    wanted = EventFilter(
+        id=EventIDFilter(id=[each.id for each in outgoing]),
+        occurred=EventOccurredFilter(since=occurred),
+    )
+    return {event.id for event in client.read_events(wanted, limit=len(outgoing)).events}
+
+
+def _await_arrival(client: SyncPrefectClient, outgoing: Sequence[events.Outgoing]) -> bool:
+    wanted = {each.id for each in outgoing}
 
     @retry(
         stop=stop_after_delay(CONFIRM_SECONDS),
         wait=wait_fixed(0.3),
-        retry=retry_if_result(lambda found: not found),
+        retry=retry_if_result(lambda complete: not complete),
         retry_error_callback=lambda _: False,
     )
     def poll() -> bool:
-        found = client.read_events(
-            EventFilter(
-                id=EventIDFilter(id=sorted(wanted)),
-                occurred=EventOccurredFilter(since=min(each.occurred_at for each in outgoing)),
-            ),
-            limit=len(wanted),
-        )
-        return wanted <= {event.id for event in found.events}
+        return wanted <= _arrived(client, outgoing)
 
     return poll()
