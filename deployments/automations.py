@@ -13,7 +13,10 @@ from forecasting.errors import ServiceError
 from forecasting.events import DriftDetected
 
 HEARTBEAT_SECONDS = 90
-"""A run whose last heartbeat is older has lost its worker."""
+"""A run whose last heartbeat is older has lost its worker; `prefect.yaml` has our runs send one
+every 30 seconds (Prefect's default of 180 would make every longer run look lost)."""
+TAG = "perennial"
+"""Of our deployments in `prefect.yaml`; runs of others are not judged."""
 
 
 def automations(retrain_id: UUID) -> list[AutomationCore]:
@@ -35,7 +38,7 @@ def automations(retrain_id: UUID) -> list[AutomationCore]:
                 parameters={
                     "symbol": "{{ event.payload.symbol }}",
                     "as_of": "{{ event.payload.as_of }}",
-                    "trigger": "{{ event.id }}",
+                    "trigger": "{{ event.id | string }}",
                 },
             )
         ],
@@ -53,6 +56,10 @@ def automations(retrain_id: UUID) -> list[AutomationCore]:
                 "prefect.flow-run.Crashed",
             },
             match={"prefect.resource.id": "prefect.flow-run.*"},
+            match_related={
+                "prefect.resource.id": f"prefect.tag.{TAG}",
+                "prefect.resource.role": "tag",
+            },
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,

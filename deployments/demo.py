@@ -204,8 +204,9 @@ def main() -> int:
     shutil.rmtree(home, ignore_errors=True)
     home.mkdir(parents=True)
     stack = Stack(home, extra=SETTINGS)
+    environment = stack.environment()
     os.environ.clear()
-    os.environ.update(stack.environment())
+    os.environ.update(environment)
     try:
         facts = Demo(stack, load_settings(), console).run()
         pages = write_report(facts, root / "reports")

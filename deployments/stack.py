@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 
 import httpx
 import psutil
@@ -34,9 +36,9 @@ FOREIGN = ("PREFECT_", "MLFLOW_", "RAY_", "DVC_", PREFIX)
 class Ports:
     """TCP ports of the stack's three HTTP servers."""
 
-    prefect: int = 4200
-    mlflow: int = 5000
-    server: int = 8200
+    prefect: int
+    mlflow: int
+    server: int
 
     @staticmethod
     def free() -> "Ports":
@@ -64,7 +66,7 @@ class Service:
 
 @dataclass
 class Stack:
-    """Starts, watches and stops the local stack.
+    """Starts, watches and stops the local stack; as a context manager, it stops at the end.
 
     Args:
         home: folder of all state, logs included (`home/logs/<name>.log`).
@@ -79,6 +81,17 @@ class Stack:
     extra: Mapping[str, str] = field(default_factory=dict)
     inherit: bool = False
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
+
+    def __enter__(self) -> "Stack":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
 
     @property
     def prefect_url(self) -> str:
@@ -250,10 +263,10 @@ class Stack:
         ]
 
     def _require_free_ports(self) -> None:
-        for name, port in (
-            ("Prefect", self.ports.prefect),
-            ("MLflow", self.ports.mlflow),
-            ("the inference server", self.ports.server),
+        for name, port, key in (
+            ("Prefect", self.ports.prefect, "PREFECT_PORT"),
+            ("MLflow", self.ports.mlflow, "MLFLOW_PORT"),
+            ("the inference server", self.ports.server, "PORT"),
         ):
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -262,7 +275,8 @@ class Stack:
                 except OSError as error:
                     raise ConfigError(
                         f"Port {port} for {name} is in use on {HOST}. Stop what listens there "
-                        f"(`ss -ltnp 'sport = :{port}'` names it) or choose another port."
+                        f"(`ss -ltnp 'sport = :{port}'` names it) or choose another "
+                        f"port with {PREFIX}{key}."
                     ) from error
 
     def _spawn(self, service: Service) -> None:
@@ -310,10 +324,12 @@ class Stack:
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-        psutil.wait_procs(family, timeout=seconds)
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C waits no longer
+            psutil.wait_procs(family, timeout=seconds)
         for member in family:
             if member.is_running():
-                member.kill()
+                with suppress(psutil.NoSuchProcess):
+                    member.kill()
         psutil.wait_procs(family, timeout=5)
         for process in processes:
             process.wait(timeout=5)
@@ -333,23 +349,23 @@ def _interrupt(_signal: int, _frame: object) -> None:
 def main() -> int:
     """Run the stack until Ctrl-C; exit code 2 on a problem that the user can mend."""
     signal.signal(signal.SIGTERM, _interrupt)
+    up = False
     try:
         settings = load_settings()
-        stack = Stack(settings.home, Ports(server=settings.port), inherit=True)
-        stack.start(lambda line: print(f"  {line}", flush=True))
-        stack.deploy()
+        ports = Ports(settings.prefect_port, settings.mlflow_port, settings.port)
+        with Stack(settings.home, ports, inherit=True) as stack:
+            stack.start(lambda line: print(f"  {line}", flush=True))
+            stack.deploy()
+            up = True
+            print(_welcome(stack, settings.home), flush=True)
+            with suppress(KeyboardInterrupt):
+                stack.watch()
+            print("\nstopping ...", flush=True)
     except (ConfigError, ServiceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
-    try:
-        print(_welcome(stack, settings.home), flush=True)
-        stack.watch()
-    except KeyboardInterrupt:
-        print("\nstopping ...", flush=True)
-    finally:
-        stack.stop()
+        return 0 if up else 130
     return 0
 
 

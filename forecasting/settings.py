@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from forecasting.errors import ConfigError
 
@@ -105,6 +105,12 @@ class Settings(BaseSettings):
     # server -----------------------------------------------------------------------------------
     host: str = Field("127.0.0.1", description="Address that the inference server binds.")
     port: int = Field(8200, ge=1, le=65535, description="Port of the inference server.")
+    prefect_port: int = Field(
+        4200, ge=1, le=65535, description="Port of the Prefect server that `make up` starts."
+    )
+    mlflow_port: int = Field(
+        5000, ge=1, le=65535, description="Port of the MLflow server that `make up` starts."
+    )
     web_workers: int = Field(1, ge=1, description="Processes that answer HTTP.")
     poll_seconds: float = Field(
         0.3, gt=0, le=60, description="How often alias, prices and model store are looked at."
@@ -118,7 +124,10 @@ class Settings(BaseSettings):
     @field_validator("home", mode="after")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+        try:
+            return value.expanduser().resolve()
+        except RuntimeError as error:  # ~somebody
+            raise ValueError(f"a folder was expected: {error}") from error
 
     @property
     def mlflow_uri(self) -> str:
@@ -175,17 +184,25 @@ def load_settings(**overrides: object) -> Settings:
     Raises:
         ConfigError: a value is out of range, or a `PERENNIAL_*` key is not known.
     """
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
+    known = {name.upper() for name in Settings.model_fields}
     for key in sorted(os.environ):
-        if key.upper().startswith(PREFIX) and key.upper() not in known:
-            near = difflib.get_close_matches(key.upper(), known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+        name = key.upper().removeprefix(PREFIX)
+        if key.upper().startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
             raise ConfigError(
                 f"Unknown setting {key}={os.environ[key]!r}.{hint} "
                 "The README's settings table lists every key; unset or rename this one."
             )
     try:
         return Settings(**overrides)  # type: ignore[arg-type]
+    except SettingsError as error:  # a tuple that is no JSON
+        field = next((name for name in Settings.model_fields if f'"{name}"' in str(error)), "")
+        key = f"{PREFIX}{field.upper()}"
+        raise ConfigError(
+            f"Settings cannot be used:\n  {key}: a JSON list such as "
+            f'["2001-09-11"] was expected (got {os.environ.get(key)!r})'
+        ) from error
     except ValidationError as error:
         lines = [
             f"{PREFIX}{'.'.join(map(str, e['loc'])).removeprefix(PREFIX).upper()}: "

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+import psutil
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
@@ -44,6 +45,7 @@ OnTrial = Callable[[int, Mapping[str, object], Sequence[float], Status], object]
 
 _log = logging.getLogger(__name__)
 _OBJECT_STORE = 128 * 1024**2
+_SCRATCH = "perennial-search-"
 _WORKER_ENVIRONMENT = {
     # one thread a trial; malloc that keeps its memory makes the same LSTM 1.3-1.8x faster
     "OMP_NUM_THREADS": "1",
@@ -291,12 +293,22 @@ def _quiet_optuna() -> Iterator[None]:
 def _scratch() -> Iterator[Path]:
     """A short-lived folder in memory where there is one, since Ray and Tune write a lot."""
     memory = Path("/dev/shm")
+    _sweep(memory)
     roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 * _OBJECT_STORE
-    folder = Path(tempfile.mkdtemp(prefix="search-", dir=memory if roomy else None))
+    prefix = f"{_SCRATCH}{os.getpid()}-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=memory if roomy else None))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(memory: Path) -> None:
+    """Give back the memory of searches that were killed: a folder's name holds its owner's id."""
+    for folder in memory.glob(f"{_SCRATCH}*"):
+        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -1,0 +1,221 @@
+"""The loop from end to end, on a real stack: train, serve, drift, automation, retrain, reload.
+
+The tests are steps of one story and run in the order in which they stand.
+"""
+
+import time
+from datetime import date
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import select
+
+from deployments.automations import automations
+from deployments.prefect_api import PrefectApi, Run
+from deployments.stack import Stack
+from forecasting import datasets, promotion
+from forecasting.contract import read_contract
+from forecasting.events import DriftDetected
+from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
+from forecasting.settings import Settings
+from forecasting.store import engine_of, predictions, retrains
+from tests.clients import asking
+from tests.models import write_model_folder
+from tests.serving.running import until
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+
+NAME = "perennial-goog"
+TRAINED = date(2007, 1, 31)
+CALM = date(2007, 6, 29)
+CRASH = date(2008, 10, 31)
+
+
+@pytest.fixture(scope="module")
+def registry(settings: Settings) -> Registry:
+    return open_registry(settings)
+
+
+def ask(stack: Stack) -> dict[str, Any]:
+    answer = httpx.get(f"{stack.server_url}/v1/forecast/GOOG", timeout=10)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def test_nothing_is_served_before_the_first_model(stack: Stack) -> None:
+    answer = httpx.get(f"{stack.server_url}/v1/forecast/GOOG")
+    assert answer.status_code == 503
+    assert answer.headers["content-type"].startswith("application/problem+json")
+    assert "Train one" in answer.json()["detail"]
+
+
+def test_the_automations_are_applied_once_however_often(stack: Stack, api: PrefectApi) -> None:
+    stack.deploy()
+    wanted = sorted(each.name for each in automations(api_id(api, "retrain/retrain")))
+    found = httpx.post(f"{stack.prefect_url}/api/automations/filter", json={}).json()
+    assert sorted(each["name"] for each in found) == wanted
+
+
+def api_id(api: PrefectApi, deployment: str) -> Any:
+    return httpx.get(f"{api.url}/api/deployments/name/{deployment}").json()["id"]
+
+
+def test_a_deployed_training_is_promoted_and_served(
+    stack: Stack, api: PrefectApi, settings: Settings, registry: Registry
+) -> None:
+    run_id = api.start("train/train", {"symbol": "GOOG", "as_of": TRAINED.isoformat()})
+    api.wait(run_id, 240)
+    assert registry.alias(NAME, PRODUCTION) == 1, api.logs(run_id)
+    forecast = ask(stack)  # confirmed by the server before the run ended
+    assert (forecast["model_version"], forecast["origin"]) == (1, TRAINED.isoformat())
+    info = registry.version(NAME, 1)
+    dataset = datasets.current(settings)
+    assert dataset is not None
+    assert forecast["dataset_md5"] == forecast["prices_md5"] == dataset.md5
+    assert forecast["run_id"] == info.run_id
+    names = {name.split("-")[0].split(" ")[0] for name, _ in api.tasks(run_id)}
+    assert {"ingest", "windows", "search", "fit", "gate", "promote"} <= names
+
+
+def test_artifacts_can_be_read_in_the_prefect_ui(stack: Stack) -> None:
+    found = httpx.post(f"{stack.prefect_url}/api/artifacts/filter", json={}).json()
+    keys = {each["key"] for each in found}
+    assert {"data-summary", "search-leaderboard", "gate-verdict"} <= keys
+
+
+def test_the_second_training_reuses_every_step(api: PrefectApi) -> None:
+    run_id = api.start("train/train", {"symbol": "GOOG", "as_of": TRAINED.isoformat()})
+    api.wait(run_id, 120)
+    states = {name.split("-")[0]: state for name, state in api.tasks(run_id)}
+    assert [states[name] for name in ("windows", "search", "fit")] == ["Cached"] * 3
+    log = api.logs(run_id)
+    assert "search: re-used from an earlier run" in log
+    assert "identical to version 1" in log
+
+
+def test_a_calm_market_starts_nothing(stack: Stack, api: PrefectApi, settings: Settings) -> None:
+    datasets.ingest(settings, ["GOOG"], CALM)
+    until(lambda: ask(stack)["origin"] == CALM.isoformat(), "prices of June 2007 being served")
+    parameters = {"symbol": "GOOG", "as_of": CALM.isoformat(), "since": TRAINED.isoformat()}
+    api.wait(api.start("monitor/monitor", parameters), 120)
+    assert api.events(DriftDetected.name) == []
+    assert api.runs("retrain") == []
+
+
+@pytest.fixture(scope="module")
+def weak_model(settings: Settings, registry: Registry, tmp_path_factory: Any) -> int:
+    """A forecaster that is a tenth off the price, put into production by hand as version 2."""
+    held = registry.download(NAME, 1, tmp_path_factory.mktemp("held"))
+    good, folder = read_contract(held), tmp_path_factory.mktemp("weak")
+    write_model_folder(folder, scale=1.1, dataset_md5=good.dataset_md5, as_of=good.as_of)
+    version = registry.register(folder, NAME, registry.start_run("planted", {}))
+    with engine_of(settings.sql_url) as engine:
+        done = promotion.promote(settings, registry, engine, NAME, version, "test", "planted")
+    assert done.confirmed
+    return version
+
+
+def wait_retrain(api: PrefectApi) -> Run:
+    runs = until(lambda: api.runs("retrain"), "the automation to start a retrain", 60)
+    return api.wait(runs[0].id, 240)
+
+
+def test_drift_starts_a_retrain_whose_promotion_is_served_without_a_failed_request(
+    stack: Stack, api: PrefectApi, settings: Settings, registry: Registry, weak_model: int
+) -> None:
+    datasets.ingest(settings, ["GOOG"], CRASH)
+    until(lambda: ask(stack)["origin"] == CRASH.isoformat(), "prices of October 2008 being served")
+    web = stack.processes["web"].pid
+    with asking(stack.server_url) as clients:
+        api.wait(api.start("monitor/monitor", {"symbol": "GOOG", "as_of": CRASH.isoformat()}), 120)
+        run = wait_retrain(api)
+        until(lambda: clients.versions[weak_model + 1], "clients getting the new version")
+    assert clients.problems == []
+    assert set(clients.versions) == {weak_model, weak_model + 1}
+    assert stack.processes["web"].pid == web
+    assert stack.processes["web"].poll() is None
+    assert run.creator == "AUTOMATION"
+    event = api.events(DriftDetected.name)[0]
+    assert run.parameters == {
+        "symbol": "GOOG",
+        "as_of": CRASH.isoformat(),
+        "trigger": event["id"],
+    }
+    assert event["payload"]["version"] == weak_model
+    assert registry.aliases(NAME) == {PRODUCTION: weak_model + 1, PREVIOUS: weak_model}
+
+
+def test_the_ledger_says_what_came_of_it_and_refuses_a_storm(
+    api: PrefectApi, settings: Settings
+) -> None:
+    run_id = api.start("retrain/retrain", {"symbol": "GOOG", "as_of": CRASH.isoformat()})
+    api.wait(run_id, 120)
+    assert "cooldown" in api.logs(run_id)
+    with engine_of(settings.sql_url) as engine, engine.connect() as connection:
+        query = select(retrains.c.state).order_by(retrains.c.created_at)
+        assert list(connection.execute(query).scalars()) == ["promoted", "skipped"]
+
+
+def test_forecasts_were_logged_and_get_their_actuals(
+    stack: Stack, api: PrefectApi, settings: Settings
+) -> None:
+    later = date(2008, 11, 10)
+    with engine_of(settings.sql_url) as engine:
+
+        def logged(version: int) -> int:
+            query = select(predictions.c.id).where(predictions.c.model_version == version)
+            with engine.connect() as connection:
+                return len(set(connection.execute(query).scalars()))
+
+        until(lambda: logged(3) > 0, "forecasts of version 3 in SQL")
+        datasets.ingest(settings, ["GOOG"], later)
+        run_id = api.start("monitor/monitor", {"symbol": "GOOG", "as_of": later.isoformat()})
+        api.wait(run_id, 120)
+        query = select(predictions.c.crps_bp).where(
+            predictions.c.model_version == 3, predictions.c.origin == CRASH
+        )
+        with engine.connect() as connection:
+            scores = list(connection.execute(query).scalars())
+    assert scores
+    assert all(score is not None and score > 0 for score in scores)
+
+
+def test_rollback_by_deployment_is_served_at_once(
+    stack: Stack, api: PrefectApi, registry: Registry
+) -> None:
+    parameters = {"forecaster": NAME, "version": 1, "why": "an exercise"}
+    api.wait(api.start("rollback/rollback", parameters), 120)
+    assert ask(stack)["model_version"] == 1
+    assert registry.aliases(NAME) == {PRODUCTION: 1, PREVIOUS: 3}
+    assert registry.version(NAME, 1).tags["promoted_because"] == "an exercise"
+
+
+def test_a_failed_run_leaves_production_as_it_was(
+    stack: Stack, api: PrefectApi, registry: Registry
+) -> None:
+    before = registry.aliases(NAME)
+    run_id = api.start("train/train", {"symbol": "GOOG", "as_of": "2004-09-30"})
+    run = until(lambda: ended(api, run_id), "the run to end", 120)
+    assert run.state == "FAILED"
+    assert "rows of prices are needed" in run.message
+    assert registry.aliases(NAME) == before
+    assert ask(stack)["model_version"] == 1
+
+
+def ended(api: PrefectApi, run_id: str) -> Run | None:
+    run = api.run(run_id)
+    return run if run.ended else None
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_its_worker_is_marked_crashed(stack: Stack, api: PrefectApi) -> None:
+    worker = stack.processes["worker"]
+    run_id = api.start("train/train", {"symbol": "IBM", "as_of": "2007-03-30"})
+    until(lambda: any(n.startswith("search") for n, _ in api.tasks(run_id)), "the search", 90)
+    Stack._end([worker], seconds=0)  # kills worker and flow at once
+    began = time.monotonic()
+    run = until(lambda: ended(api, run_id), "the automation to notice", 180)
+    assert run.state == "CRASHED"
+    assert "No heartbeat" in run.message
+    assert time.monotonic() - began < 150
