@@ -86,7 +86,13 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ohlcv: list[tuple[float, float, float, float, float]]
 
 
-T = TypeVar("T", Contract, Golden, Snapshot)
+class AnyContract(msgspec.Struct, frozen=True):
+    """What contracts of every version have in common."""
+
+    version: int = CONTRACT_VERSION
+
+
+T = TypeVar("T", Contract, Golden, Snapshot, AnyContract)
 
 
 def sha256_file(path: Path) -> str:
@@ -108,7 +114,7 @@ def decode(raw: bytes, kind: type[T], where: str) -> T:
     """
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ContractError(f"{where} is not a valid {kind.__name__}: {error}.") from error
 
 
@@ -121,12 +127,13 @@ def read_contract(folder: Path) -> Contract:
     path = folder / CONTRACT_FILE
     if not path.is_file():
         raise ContractError(f"{folder} holds no {CONTRACT_FILE}; it is not a model version.")
-    contract = decode(path.read_bytes(), Contract, str(path))
-    if contract.version != CONTRACT_VERSION:
+    raw = path.read_bytes()
+    version = decode(raw, AnyContract, str(path)).version
+    if version != CONTRACT_VERSION:  # before its fields, which another version may have changed
         raise ContractError(
-            f"{path} has contract version {contract.version}; this code reads {CONTRACT_VERSION}."
+            f"{path} has contract version {version}; this code reads {CONTRACT_VERSION}."
         )
-    return contract
+    return decode(raw, Contract, str(path))
 
 
 def verify_files(folder: Path, contract: Contract) -> None:

@@ -111,7 +111,9 @@ def ingest(
     """Take what is new up to `as_of` into the dataset: one commit, none if nothing changed.
 
     Safe against other processes doing the same. With `publish_rows` the latest rows of each symbol
-    are published for the server. With `settings.dvc_remote` every version not yet there is pushed.
+    are published for the server, unless those of a later day are already: a training that pretends
+    an earlier date must not set the served prices back (`publish` can). With `settings.dvc_remote`
+    every version not yet there is pushed.
 
     Raises:
         SourceError: unknown symbol, or the source cannot be read.
@@ -131,7 +133,7 @@ def ingest(
         version, merged = _commit_new(settings, fetched, as_of)
         if publish_rows:
             for symbol, result in merged.items():
-                _publish(settings, version, symbol, as_of, adjusted(result.raw, as_of))
+                _publish_newer(settings, version, symbol, as_of, adjusted(result.raw, as_of))
         if settings.dvc_remote:
             _push(settings)
     return version
@@ -333,6 +335,26 @@ def publish(
     """
     frame = load_frame(settings, symbol, as_of, version.md5)
     return _publish(settings, version, symbol, as_of, frame, rows)
+
+
+def _publish_newer(
+    settings: Settings, version: DatasetVersion, symbol: str, as_of: date, frame: Frame
+) -> None:
+    published = _published_day(settings, symbol)
+    if published is not None and published > as_of:
+        log.info("%s is published as of %s already; %s is not", symbol, published, as_of)
+        return
+    _publish(settings, version, symbol, as_of, frame)
+
+
+def _published_day(settings: Settings, symbol: str) -> date | None:
+    """Day of the snapshot that the pointer names; None if there is none that can be read."""
+    try:
+        fs, root = fsspec.core.url_to_fs(settings.published)
+        raw = fs.cat_file(f"{root.rstrip('/')}/{symbol}/{POINTER}")
+        return date.fromisoformat(msgspec.json.decode(raw)["file"][-15:-5])
+    except (OSError, ValueError, ImportError, KeyError, TypeError):
+        return None  # published anew, which also says what is wrong with the address
 
 
 def _publish(

@@ -43,6 +43,8 @@ def sessions_between(first: date, last: date) -> list[date]:
 
 def count_sessions(first: date, last: date) -> int:
     """How many sessions lie after `first` up to and including `last` (negative if reversed)."""
+    if last < first:  # numpy's own count of a reversed span is another one
+        return -count_sessions(last, first)
     one = np.timedelta64(1, "D")
     return int(
         np.busday_count(

@@ -116,7 +116,6 @@ class Settings(BaseSettings):
         0.3, gt=0, le=60, description="How often alias, prices and model store are looked at."
     )
     max_body_mb: float = Field(4.0, gt=0, description="Largest request body accepted.")
-    max_batch: int = Field(256, ge=1, description="Most windows in one request.")
     confirm_seconds: float = Field(
         10.0, ge=0, description="How long a promotion waits for the server to confirm a version."
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     JSON,
+    URL,
     Boolean,
     Column,
     Date,
@@ -128,23 +129,25 @@ def open_engine(url: str) -> Engine:
     """Engine for `url` with all tables present.
 
     Raises:
-        ConfigError: `url` is no SQLAlchemy URL.
+        ConfigError: `url` is no SQLAlchemy URL, or its driver is not installed.
         ServiceError: the database cannot be reached or is not a database.
     """
-    try:
-        parsed = make_url(url)
-        parsed.get_dialect()
-    except ArgumentError as error:
-        raise ConfigError(
-            "PERENNIAL_DATABASE_URL should be a SQLAlchemy URL such as "
-            f"postgresql://user@host/name or sqlite:////path/file.db: {error}."
-        ) from error
+    parsed = _parse(url)
     sqlite = parsed.get_backend_name() == "sqlite"
-    if sqlite and parsed.database:
-        Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-    if parsed.drivername == "postgresql":
-        parsed = parsed.set(drivername="postgresql+psycopg")
-    engine = create_engine(parsed, connect_args={"timeout": 30} if sqlite else {})
+    try:
+        if sqlite and parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = create_engine(parsed, connect_args={"timeout": 30} if sqlite else {})
+    except OSError as error:
+        raise ServiceError(
+            f"The folder of the database {_shown(parsed)} cannot be made: {error}. "
+            "Check PERENNIAL_DATABASE_URL and PERENNIAL_HOME."
+        ) from error
+    except ImportError as error:
+        raise ConfigError(
+            f"PERENNIAL_DATABASE_URL asks for the driver of {parsed.drivername}, which is not "
+            f"installed ({error}). Write postgresql:// or sqlite:///, or install it."
+        ) from error
     if sqlite:
         event.listen(engine, "connect", _sqlite_pragmas)
     try:
@@ -152,11 +155,34 @@ def open_engine(url: str) -> Engine:
     except SQLAlchemyError as error:
         engine.dispose()
         raise ServiceError(
-            f"The database {parsed.render_as_string(hide_password=True)} cannot be used: "
+            f"The database {_shown(parsed)} cannot be used: "
             f"{getattr(error, 'orig', error)}. Check PERENNIAL_DATABASE_URL; a damaged SQLite file "
             "can be moved away and is made anew (the spool keeps undrained predictions)."
         ) from error
     return engine
+
+
+def _parse(url: str) -> URL:
+    wanted = (
+        "PERENNIAL_DATABASE_URL should be a SQLAlchemy URL such as "
+        "postgresql://user@host/name or sqlite:////path/file.db"
+    )
+    try:
+        parsed = make_url(url)
+        parsed.get_dialect()
+    except ArgumentError as error:
+        raise ConfigError(f"{wanted}: {error}.") from error
+    except ValueError:  # of the port; what it quotes can be part of a password
+        raise ConfigError(
+            f"{wanted}: its port is not a number (write special characters of a password as %XX)."
+        ) from None
+    if parsed.drivername == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    return parsed
+
+
+def _shown(url: URL) -> str:
+    return url.difference_update_query(["password"]).render_as_string(hide_password=True)
 
 
 def _sqlite_pragmas(connection: Any, _record: object) -> None:  # noqa: ANN401  (DBAPI object)

@@ -21,8 +21,8 @@ def code_fingerprint() -> str:
     """Hash of the sources that windows, search and fit run, and of the packages below them."""
     digest = hashlib.sha256()
     for module, names in (
-        (forecasting, ("contract", "windows", "network", "model", "metrics")),
-        (tasks, ("search",)),
+        (forecasting, ("contract", "datasets", "prices", "windows", "network", "model", "metrics")),
+        (tasks, ("search", "training")),
     ):
         folder = Path(next(iter(module.__path__)))
         for name in names:

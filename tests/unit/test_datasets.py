@@ -331,6 +331,22 @@ def test_publishing_follows_every_ingest_and_keeps_few_snapshots(settings):
     assert len(list(folder.iterdir())) == datasets.SNAPSHOTS_KEPT + 1
 
 
+def test_an_earlier_date_does_not_set_published_prices_back(settings):
+    datasets.ingest(settings, ["GOOG"], date(2008, 9, 15))
+    published = pointer(settings, "GOOG")[1]
+    earlier = datasets.ingest(settings, ["GOOG"], date(2007, 1, 31))
+    assert pointer(settings, "GOOG")[1] == published
+    datasets.publish(settings, earlier, "GOOG", date(2007, 1, 31))  # unless asked for
+    assert pointer(settings, "GOOG")[1]["file"].endswith("-2007-01-31.json")
+
+
+def test_a_damaged_pointer_is_published_anew(settings):
+    datasets.ingest(settings, ["GOOG"], date(2008, 9, 15))
+    (Path(settings.published) / "GOOG" / "latest.json").write_bytes(b"{")
+    datasets.ingest(settings, ["GOOG"], date(2007, 1, 31))
+    assert pointer(settings, "GOOG")[1]["file"].endswith("-2007-01-31.json")
+
+
 def test_publishing_can_be_left_out_and_done_later(settings):
     version = datasets.ingest(settings, ["GOOG"], MONDAY, publish_rows=False)
     assert not Path(settings.published).exists()
