@@ -29,6 +29,10 @@ PREFECT_FILE = Path(__file__).resolve().parent.parent / "prefect.yaml"
 HOST = "127.0.0.1"
 # Set before Python starts: the allocator keeps its pages, which makes a small LSTM 1.3-1.8x faster.
 ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+WRITERS = ("worker", "sync", "web")
+"""Stopped first, while those that they write to still take it."""
+ORPHAN_SECONDS = 3.0
+"""How long children may outlive their parent before they are ended."""
 FOREIGN = ("PREFECT_", "MLFLOW_", "RAY_", "DVC_", PREFIX)
 
 
@@ -215,15 +219,16 @@ class Stack:
         while True:
             for name, process in list(self.processes.items()):
                 if process.poll() is not None:
+                    _kill_group(process)
                     print(f"{name} ended with code {process.returncode}; starting it again")
                     self._spawn(by_name[name])
             time.sleep(1.0)
 
     def stop(self) -> None:
         """Stop every process of the stack and all their children; the server drains first."""
-        order = ["worker", "sync", "web", "drain", "mlflow", "prefect"]
-        for group in (order[:3], order[3:]):
-            self._end([self.processes[name] for name in group if name in self.processes])
+        writers = [self.processes.pop(name) for name in WRITERS if name in self.processes]
+        self._end(writers)
+        self._end(list(self.processes.values()))
         self.processes.clear()
 
     def log(self, name: str) -> Path:
@@ -314,25 +319,37 @@ class Stack:
 
     @staticmethod
     def _end(processes: list[subprocess.Popen[bytes]], seconds: float = 15.0) -> None:
-        family: list[psutil.Process] = []
-        for process in processes:
-            try:
-                parent = psutil.Process(process.pid)
-                family += [parent, *parent.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                continue
+        """Ask each to end; then end whatever of its family is still there."""
+        family = _family(processes)
         for process in processes:
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         with suppress(KeyboardInterrupt):  # a second Ctrl-C waits no longer
-            psutil.wait_procs(family, timeout=seconds)
-        for member in family:
-            if member.is_running():
-                with suppress(psutil.NoSuchProcess):
-                    member.kill()
-        psutil.wait_procs(family, timeout=5)
+            parents = [member for member in family if member.pid in {p.pid for p in processes}]
+            psutil.wait_procs(parents, timeout=seconds)
+            psutil.wait_procs(family, timeout=ORPHAN_SECONDS)
+        for member in {*family, *_family(processes)}:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         for process in processes:
+            _kill_group(process)
             process.wait(timeout=5)
+        psutil.wait_procs(family, timeout=5)
+
+
+def _family(processes: list[subprocess.Popen[bytes]]) -> list[psutil.Process]:
+    found: list[psutil.Process] = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(process.pid)
+            found += [parent, *parent.children(recursive=True)]
+    return found
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    """What a dead process left behind in its group, which `start_new_session` named after it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _answers(url: str) -> bool:

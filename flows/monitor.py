@@ -61,10 +61,12 @@ def monitor(
     version, contract = production_contract(registry, forecaster_name(symbol))
     with engine_of(settings.sql_url) as engine:
         joined = join_actuals(settings, engine, symbol, day)
-        days = check_days(since or last_check(engine, symbol), day)
+        after = since or last_check(engine, symbol)
+        days = check_days(after, day)
         if not days:
+            deliver_events(settings)  # what an earlier run could not
             raise HistoryError(
-                f"No session of the exchange lies after {since} up to {day}: nothing to check. "
+                f"No session of the exchange lies after {after} up to {day}: nothing to check. "
                 "Ask for a later as_of or an earlier since."
             )
         verdicts, html = compare(settings, contract, symbol, days)

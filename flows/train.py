@@ -148,7 +148,8 @@ class _Training:
         candidate: Candidate = _step(fit, settings, splits, found.config, key=key)
         logged = {**fitting, "kind": candidate.kind, "search_run": found.run_id}
         self.registry.log_params(self.run_id, logged)
-        self.registry.log_metrics(self.run_id, [(k, v, 0) for k, v in candidate.scores.items()])
+        scores = [(name, value, 0) for name, value in candidate.scores.items()]
+        self.registry.log_metrics(self.run_id, scores + candidate.history)
         return candidate
 
     def decide(self, candidate: Candidate, folder: Path, held: Path | None) -> TrainResult:

@@ -8,6 +8,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilter
 from prefect.events.schemas.events import Event, Resource
+from sqlalchemy import Engine
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
 from forecasting import events
@@ -16,6 +17,8 @@ from forecasting.settings import Settings
 from forecasting.store import engine_of
 
 CONFIRM_SECONDS = 20
+MOST_AT_ONCE = 50
+"""Prefect lists no more events in one answer, and refuses to be asked for more."""
 
 
 @task(
@@ -41,23 +44,27 @@ def deliver(settings: Settings) -> int:
     """
     with engine_of(settings.sql_url) as engine:
         waiting = events.pending(engine)
-        if not waiting:
-            return 0
-        ids = [each.id for each in waiting]
-        arrived = False
-        try:
-            with get_client(sync_client=True) as client:
-                known = _arrived(client, waiting)
-                _post(client, [each for each in waiting if each.id not in known])
-                arrived = _await_arrival(client, waiting)
-        finally:
-            events.mark(engine, ids, delivered=arrived)
+        for first in range(0, len(waiting), MOST_AT_ONCE):
+            _deliver(engine, waiting[first : first + MOST_AT_ONCE])
+    return len(waiting)
+
+
+def _deliver(engine: Engine, outgoing: Sequence[events.Outgoing]) -> None:
+    """Post those that the server does not list yet, wait until it lists all, and note it."""
+    ids = [each.id for each in outgoing]
+    arrived = False
+    try:
+        with get_client(sync_client=True) as client:
+            known = _arrived(client, outgoing)
+            _post(client, [each for each in outgoing if each.id not in known])
+            arrived = _await_arrival(client, outgoing)
+    finally:
+        events.mark(engine, ids, delivered=arrived)
     if not arrived:
         raise ServiceError(
             f"Prefect accepted the events {', '.join(map(str, ids))} but does not list them after "
             f"{CONFIRM_SECONDS} s. They stay in the outbox and are sent with the next run."
         )
-    return len(ids)
 
 
 def _post(client: SyncPrefectClient, outgoing: Sequence[events.Outgoing]) -> None:

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import date
+from datetime import date, timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -54,10 +54,13 @@ def last_check(engine: Engine, symbol: str) -> date | None:
 
 
 def check_days(since: date | None, as_of: date) -> list[date]:
-    """Days to check: every fifth session after `since`, and the newest session up to `as_of`."""
-    days = sessions_between(since or as_of, as_of)
-    if since is not None and days and days[0] == since:
-        days = days[1:]
+    """Days to check: every fifth session after `since`, and the newest session up to `as_of`.
+
+    Without `since` the newest session alone.
+    """
+    if since is None:
+        return sessions_between(as_of - timedelta(days=14), as_of)[-1:]
+    days = sessions_between(since + timedelta(days=1), as_of)
     return sorted({*days[EVERY - 1 :: EVERY], *days[-1:]})
 
 

@@ -39,11 +39,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Files of a fitted forecaster and what its validation said (CRPS in bp, lower is better)."""
+    """Files of a fitted forecaster and what its validation said (CRPS in bp, lower is better).
+
+    `history` holds (metric, value, epoch) of the final fit.
+    """
 
     files: dict[str, bytes]
     kind: str
     scores: dict[str, float]
+    history: list[tuple[str, float, int]]
     train_start: date
     train_end: date
 
@@ -97,8 +101,16 @@ def fit(settings: Settings, splits: Splits, config: "ModelConfig", key: str) -> 
             "validation_crps_untrained": fitted.untrained,
             "validation_crps_volatility": fitted.volatility,
         },
-        train_start=splits.train.first_day,
-        train_end=splits.train.last_day,
+        history=[
+            point
+            for each in fitted.history
+            for point in (
+                ("fit_train_crps_bp", each.train, each.epoch),
+                ("fit_validation_crps_bp", each.validation, each.epoch),
+            )
+        ],
+        train_start=fitted.train_start,
+        train_end=fitted.train_end,
     )
 
 

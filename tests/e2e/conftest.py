@@ -1,12 +1,20 @@
-"""One real stack for all end-to-end tests: Prefect server and worker, MLflow, inference server."""
+"""One real stack for all end-to-end tests, started and stopped as `make up` and Ctrl-C do."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import pytest
 
 from deployments.prefect_api import PrefectApi
-from deployments.stack import Stack
+from deployments.stack import Ports, Stack
 from forecasting.settings import Settings, load_settings
+from tests.serving.running import until
 
 QUICK = {
     "PERENNIAL_TRIALS": "4",
@@ -17,12 +25,69 @@ QUICK = {
 """A small search; the gate's settings are the usual ones."""
 
 
+@dataclass(frozen=True)
+class Up:
+    """What `make up` runs: its process, and what it printed."""
+
+    process: psutil.Process
+    log: Path
+
+    def family(self) -> list[psutil.Process]:
+        """The process and everything below it."""
+        return [self.process, *self.process.children(recursive=True)]
+
+    def part(self, *words: str) -> psutil.Process:
+        """The one process of the stack whose command ends like that."""
+        found = [
+            each
+            for each in self.process.children()
+            if any(each.cmdline()[i:][: len(words)] == list(words) for i in range(8))
+        ]
+        assert len(found) == 1, (words, found)
+        return found[0]
+
+
 @pytest.fixture(scope="session")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    with Stack(tmp_path_factory.mktemp("stack"), extra=QUICK) as running:
-        running.start()
-        running.deploy()
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
+    """Where everything is; `up` starts it."""
+    return Stack(tmp_path_factory.mktemp("stack"), Ports.free(), extra=QUICK)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def up(stack: Stack) -> Iterator[Up]:
+    log = stack.home / "up.log"
+    ports = {
+        "PERENNIAL_PREFECT_PORT": str(stack.ports.prefect),
+        "PERENNIAL_MLFLOW_PORT": str(stack.ports.mlflow),
+        "PERENNIAL_PORT": str(stack.ports.server),
+        "PERENNIAL_HOME": str(stack.home),
+    }
+    with log.open("wb") as output:
+        started = subprocess.Popen(
+            [sys.executable, "-m", "deployments.stack"],
+            env=os.environ | ports | QUICK | {"PYTHONUNBUFFERED": "1"},
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    running = Up(psutil.Process(started.pid), log)
+    try:
+        until(
+            lambda: "Ctrl-C stops everything" in log.read_text() or started.poll() is not None,
+            "the stack to be up",
+            240,
+        )
+        assert started.poll() is None, log.read_text()
         yield running
+        family = running.family()
+        started.send_signal(signal.SIGINT)
+        assert started.wait(60) == 0, log.read_text()
+        gone, left = psutil.wait_procs(family, timeout=5)
+        assert left == [], gone
+    finally:
+        if started.poll() is None:
+            started.send_signal(signal.SIGTERM)
+            started.wait(60)
 
 
 @pytest.fixture(scope="session")

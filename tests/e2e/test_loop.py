@@ -3,6 +3,9 @@
 The tests are steps of one story and run in the order in which they stand.
 """
 
+import re
+import subprocess
+import sys
 import time
 from datetime import date
 from typing import Any
@@ -13,7 +16,7 @@ from sqlalchemy import select
 
 from deployments.automations import automations
 from deployments.prefect_api import PrefectApi, Run
-from deployments.stack import Stack
+from deployments.stack import PREFECT_FILE, Stack
 from forecasting import datasets, promotion
 from forecasting.contract import read_contract
 from forecasting.events import DriftDetected
@@ -21,11 +24,13 @@ from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings
 from forecasting.store import engine_of, predictions, retrains
 from tests.clients import asking
+from tests.e2e.conftest import Up
 from tests.models import write_model_folder
 from tests.serving.running import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 
+README = PREFECT_FILE.parent / "README.md"
 NAME = "perennial-goog"
 TRAINED = date(2007, 1, 31)
 CALM = date(2007, 6, 29)
@@ -47,6 +52,13 @@ def logged(api: PrefectApi, run_id: str, text: str) -> str:
     """The log of a run once it holds `text`; the last lines arrive after the run's end."""
     until(lambda: text in api.logs(run_id), f"the log to say {text!r}")
     return api.logs(run_id)
+
+
+def test_the_stack_says_what_to_run_next(stack: Stack, up: Up) -> None:
+    said = up.log.read_text()
+    assert "No model yet. Train one" in said
+    assert f"PREFECT_API_URL={stack.prefect_url}/api" in said
+    assert f"{stack.server_url}/v1/models" in said
 
 
 def test_nothing_is_served_before_the_first_model(stack: Stack) -> None:
@@ -127,19 +139,18 @@ def wait_retrain(api: PrefectApi) -> Run:
 
 
 def test_drift_starts_a_retrain_whose_promotion_is_served_without_a_failed_request(
-    stack: Stack, api: PrefectApi, settings: Settings, registry: Registry, weak_model: int
+    stack: Stack, up: Up, api: PrefectApi, settings: Settings, registry: Registry, weak_model: int
 ) -> None:
     datasets.ingest(settings, ["GOOG"], CRASH)
     until(lambda: ask(stack)["origin"] == CRASH.isoformat(), "prices of October 2008 being served")
-    web = stack.processes["web"].pid
+    web = up.part("serving", "web")
     with asking(stack.server_url) as clients:
         api.wait(api.start("monitor/monitor", {"symbol": "GOOG", "as_of": CRASH.isoformat()}), 120)
         run = wait_retrain(api)
         until(lambda: clients.versions[weak_model + 1], "clients getting the new version")
     assert clients.problems == []
     assert set(clients.versions) == {weak_model, weak_model + 1}
-    assert stack.processes["web"].pid == web
-    assert stack.processes["web"].poll() is None
+    assert up.part("serving", "web") == web
     assert run.creator == "AUTOMATION"
     event = api.events(DriftDetected.name)[0]
     assert run.parameters == {
@@ -160,6 +171,27 @@ def test_the_ledger_says_what_came_of_it_and_refuses_a_storm(
     with engine_of(settings.sql_url) as engine, engine.connect() as connection:
         query = select(retrains.c.state).order_by(retrains.c.created_at)
         assert list(connection.execute(query).scalars()) == ["promoted", "skipped"]
+
+
+def readme_commands() -> list[str]:
+    """The shell blocks of the README that ask the server."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    return [block for block in blocks if "curl" in block]
+
+
+def test_the_readmes_curl_examples_work_as_printed(stack: Stack) -> None:
+    for command in readme_commands():
+        here = command.replace("http://127.0.0.1:8200", stack.server_url)
+        here = here.replace(".venv/bin/python", sys.executable)
+        assert stack.server_url in here
+        done = subprocess.run(
+            ["bash", "-o", "pipefail", "-ec", here.replace("curl -s", "curl -sS --fail-with-body")],
+            cwd=README.parent,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{here}\n{done.stdout}\n{done.stderr}"
+    assert len(readme_commands()) == 3
 
 
 def test_forecasts_were_logged_and_get_their_actuals(
@@ -214,13 +246,15 @@ def ended(api: PrefectApi, run_id: str) -> Run | None:
 
 
 @pytest.mark.slow
-def test_a_run_that_lost_its_worker_is_marked_crashed(stack: Stack, api: PrefectApi) -> None:
-    worker = stack.processes["worker"]
+def test_a_run_that_lost_its_worker_is_marked_crashed(up: Up, api: PrefectApi) -> None:
+    worker = up.part("prefect", "worker")
     run_id = api.start("train/train", {"symbol": "IBM", "as_of": "2007-03-30"})
     until(lambda: any(n.startswith("search") for n, _ in api.tasks(run_id)), "the search", 90)
-    Stack._end([worker], seconds=0)  # kills worker and flow at once
+    for process in [worker, *worker.children(recursive=True)]:
+        process.kill()
     began = time.monotonic()
     run = until(lambda: ended(api, run_id), "the automation to notice", 180)
     assert run.state == "CRASHED"
     assert "No heartbeat" in run.message
     assert time.monotonic() - began < 150
+    assert "worker ended with code -9; starting it again" in up.log.read_text()

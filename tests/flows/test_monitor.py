@@ -1,0 +1,244 @@
+"""The flow `monitor`: quiet in a calm year, an event in a crash, and every check written down.
+
+The model in production is a tiny graph with the contract of a real one: its training span lies in
+a dataset version that is really there.
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import UTC, date, datetime
+from pathlib import Path
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilter
+
+from flows.monitor import MonitorResult, monitor
+from forecasting import datasets, events, outcomes
+from forecasting.drift import FEATURES
+from forecasting.errors import HistoryError, RegistryError
+from forecasting.events import DriftDetected
+from forecasting.predictions import Spool
+from forecasting.registry import PRODUCTION, open_registry
+from forecasting.sessions import sessions_between
+from forecasting.settings import Settings, load_settings
+from forecasting.store import checks, engine_of, outbox
+from tasks.monitor import check_days
+from tests.flows.support import client_of, configured, flow_artifacts, kept, rows_of
+from tests.models import write_model_folder
+from tests.predictions import make_prediction
+
+NAME = "perennial-goog"
+TRAINED = date(2006, 12, 29)
+CALM = date(2007, 6, 29)
+CRASH = date(2008, 10, 24)
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prices up to the crash, and a version in production that was trained before it."""
+    made = tmp_path_factory.mktemp("monitor")
+    settings = load_settings(home=made, server_url="")
+    datasets.ingest(settings, ["GOOG"], TRAINED)
+    md5 = datasets.find(settings).md5
+    datasets.ingest(settings, ["GOOG"], CRASH)
+    registry = open_registry(settings)
+    run_id = registry.start_run("trained", {})
+    write_model_folder(made / "model", run_id=run_id, dataset_md5=md5, as_of=TRAINED)
+    registry.set_alias(NAME, PRODUCTION, registry.register(made / "model", NAME, run_id))
+    return made
+
+
+@pytest.fixture
+def settings(home: Path, tmp_path: Path) -> Iterator[Settings]:
+    """The home of all, and tables of the test's own."""
+    with configured(home, database_url=f"sqlite:///{tmp_path / 'perennial.db'}") as made:
+        yield made
+
+
+def delivered(identity: UUID, since: datetime) -> list[dict[str, object]]:
+    """Events of that id which Prefect lists."""
+    wanted = EventFilter(id=EventIDFilter(id=[identity]), occurred=EventOccurredFilter(since=since))
+    with get_client(sync_client=True) as client:
+        return [event.model_dump() for event in client.read_events(wanted, limit=50).events]
+
+
+def test_a_calm_market_is_checked_and_nobody_is_alarmed(settings):
+    result = monitor(symbol="GOOG", as_of=CALM)
+    assert isinstance(result, MonitorResult)
+    assert MonitorResult.model_validate_json(result.model_dump_json()) == result
+    assert (result.symbol, result.as_of, result.version) == ("GOOG", CALM, 1)
+    assert (result.drifted, result.event_id) == (False, None)
+    assert (result.checks, result.joined) == (1, 0)
+    assert result.summary.startswith("No drift on 2007-06-29: ")
+    assert rows_of(settings, outbox) == []
+    (row,) = rows_of(settings, checks)
+    assert (row["symbol"], row["as_of"], row["forecaster"]) == ("GOOG", CALM, NAME)
+    assert (row["version"], row["drifted"], row["share"]) == (1, False, result.share)
+    assert row["threshold"] == settings.drift_share
+    assert row["features"].keys() == set(FEATURES)
+
+
+def test_a_crash_is_drift_and_its_event_reaches_prefect(settings):
+    start = datetime.now(UTC)
+    result = monitor(symbol="GOOG", as_of=CRASH)
+    assert result.drifted
+    assert result.share >= settings.drift_share
+    assert result.summary.startswith("Drift on 2008-10-24: ")
+    (row,) = rows_of(settings, outbox)
+    assert UUID(row["id"]) == result.event_id
+    assert row["attempts"] == 1
+    assert row["delivered_at"] is not None
+    (event,) = delivered(result.event_id, start)
+    assert event["event"] == "perennial.drift.detected"
+    assert event["resource"]["prefect.resource.id"] == "perennial.symbol.GOOG"
+    (check,) = rows_of(settings, checks)
+    assert check["drifted"]
+    beyond = [name for name in FEATURES if check["features"][name] >= settings.drift_threshold]
+    assert event["payload"] == {
+        "schema": 1,
+        "symbol": "GOOG",
+        "as_of": "2008-10-24",
+        "forecaster": NAME,
+        "version": 1,
+        "share": result.share,
+        "threshold": settings.drift_share,
+        "features": beyond,
+        "dataset_md5": datasets.versions(settings)[-1].md5,
+    }
+
+
+def test_check_days():
+    saturday = date(2007, 6, 30)
+    assert check_days(None, saturday) == check_days(None, CALM) == [CALM]
+    assert check_days(CALM, saturday) == []
+    assert check_days(date(2007, 6, 28), saturday) == [CALM]
+    assert check_days(date(2007, 6, 23), saturday) == [CALM]  # a Saturday
+    assert check_days(date(2007, 6, 15), CALM) == [date(2007, 6, 22), CALM]
+    assert check_days(date(2007, 6, 15), date(2007, 6, 27)) == [
+        date(2007, 6, 22),
+        date(2007, 6, 27),
+    ]
+    assert check_days(CALM, date(2007, 6, 1)) == []
+
+
+def test_a_first_check_on_a_weekend_is_of_the_last_session(settings):
+    result = monitor(symbol="GOOG", as_of=date(2007, 6, 30))
+    assert (result.as_of, result.checks) == (date(2007, 6, 30), 1)
+    assert [row["as_of"] for row in rows_of(settings, checks)] == [CALM]
+
+
+def test_a_monitor_shows_its_verdict_in_mlflow_and_prefect(settings):
+    result = monitor(symbol="GOOG", as_of=CALM)
+    run = client_of(settings).get_run(result.run_id)
+    assert run.info.status == "FINISHED"
+    assert (run.data.tags["as_of"], run.data.tags["version"]) == ("2007-06-29", "1")
+    assert run.data.metrics["drift_share"] == result.share
+    assert {f"drift_{name}" for name in FEATURES} <= run.data.metrics.keys()
+    (check,) = json.loads(kept(settings, result.run_id, "drift.json"))["checks"]
+    assert (check["drifted"], check["recent_end"]) == (False, "2007-06-29")
+    assert (check["reference_start"], check["reference_end"]) == ("2004-08-19", "2006-12-29")
+    page = kept(settings, result.run_id, "drift.html")
+    assert page.lstrip().lower().startswith(("<!doctype html", "<html"))
+    assert all(name in page for name in FEATURES)
+    names = [each.path for each in client_of(settings).list_artifacts(result.run_id)]
+    assert "forecasts-against-actuals.html" not in names
+    (row,) = rows_of(settings, checks)
+    shown = flow_artifacts(row["flow_run_id"])
+    assert [line["feature"] for line in json.loads(shown["drift"])] == list(FEATURES)
+    assert result.summary in shown["drift-verdict"]
+
+
+def test_since_catches_up_on_weekly_checks(settings):
+    result = monitor(symbol="GOOG", as_of=CALM, since=date(2007, 5, 31))
+    june = sessions_between(date(2007, 6, 1), CALM)
+    expected = sorted({*june[4::5], CALM})
+    assert result.checks == len(expected) == 5
+    assert [row["as_of"] for row in rows_of(settings, checks, "as_of")] == expected
+    listed = json.loads(kept(settings, result.run_id, "drift.json"))["checks"]
+    assert [each["recent_end"] for each in listed] == [str(day) for day in expected]
+
+
+def test_without_since_it_goes_on_from_the_last_check(settings):
+    assert monitor(symbol="GOOG", as_of=date(2007, 6, 15)).checks == 1
+    assert monitor(symbol="GOOG", as_of=CALM).checks == 2
+    days = [row["as_of"] for row in rows_of(settings, checks, "as_of")]
+    assert days == [date(2007, 6, 15), date(2007, 6, 22), CALM]
+
+
+def test_only_the_newest_check_alarms(settings):
+    result = monitor(symbol="GOOG", as_of=CRASH, since=date(2008, 9, 1))
+    drifted = [row["as_of"] for row in rows_of(settings, checks, "as_of") if row["drifted"]]
+    assert len(drifted) > 1
+    (row,) = rows_of(settings, outbox)
+    assert (row["payload"]["as_of"], UUID(row["id"])) == ("2008-10-24", result.event_id)
+
+
+def test_a_repeated_check_is_not_written_twice(settings):
+    since = date(2007, 6, 15)
+    first = monitor(symbol="GOOG", as_of=CALM, since=since)
+    before = rows_of(settings, checks, "as_of")
+    again = monitor(symbol="GOOG", as_of=CALM, since=since)
+    assert (again.checks, again.share) == (first.checks, first.share)
+    assert again.run_id != first.run_id
+    assert rows_of(settings, checks, "as_of") == before
+    assert len(before) == 2
+
+
+def test_with_nothing_new_to_check_it_says_so_and_sends_what_waits(settings):
+    monitor(symbol="GOOG", as_of=CALM)  # a Friday
+    with engine_of(settings.sql_url) as engine:
+        events.put(
+            engine,
+            DriftDetected(
+                symbol="GOOG",
+                as_of=CALM,
+                forecaster=NAME,
+                version=1,
+                share=1.0,
+                threshold=0.5,
+                features=("log_return",),
+                dataset_md5="d" * 32,
+            ),
+        )
+    with pytest.raises(HistoryError, match=r"No session .* after 2007-06-29 up to 2007-06-30"):
+        monitor(symbol="GOOG", as_of=date(2007, 6, 30))
+    (row,) = rows_of(settings, outbox)
+    assert row["delivered_at"] is not None
+    assert len(rows_of(settings, checks)) == 1
+
+
+def test_forecasts_are_joined_with_what_came_and_reported(settings):
+    frame = datasets.load_frame(settings, "GOOG", CALM)
+    spool = Spool(settings.spool_dir / "of this test", "web")
+    origins = sessions_between(date(2007, 3, 1), date(2007, 6, 13))
+    for origin in origins:
+        spool.append(make_prediction(origin, float(frame["close"].loc[str(origin)])))
+    spool.append(make_prediction(CALM, 500.0))  # its targets are not known yet
+    spool.close()
+    with engine_of(settings.sql_url) as engine:
+        outcomes.drain(engine, settings.spool_dir / "of this test")
+    result = monitor(symbol="GOOG", as_of=CALM)
+    assert result.joined == 5 * len(origins)
+    page = kept(settings, result.run_id, "forecasts-against-actuals.html")
+    assert "Regression" in page
+    metrics = client_of(settings).get_run(result.run_id).data.metrics
+    assert metrics["forecast_rows"] == result.joined
+    assert metrics["forecast_crps_bp"] > 0
+    with engine_of(settings.sql_url) as engine:
+        scored = outcomes.scored(engine, "GOOG", version=1)
+    assert metrics["forecast_crps_bp"] == pytest.approx(scored["crps_bp"].mean())
+    assert metrics["forecast_mae"] == pytest.approx(
+        (scored["median"] - scored["actual"]).abs().mean()
+    )
+
+
+def test_without_anything_in_production_it_says_what_to_run(tmp_path):
+    with configured(tmp_path) as settings:
+        with pytest.raises(RegistryError, match=r"no version with alias 'production'.*train/train"):
+            monitor(symbol="GOOG", as_of=CALM)
+        assert monitor(symbol="GOOG", as_of=CALM, return_state=True).is_failed()
+    assert not settings.data_dir.exists()

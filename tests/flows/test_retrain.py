@@ -1,0 +1,113 @@
+"""The flow `retrain`: one line of the ledger for each request, and a cooldown between two."""
+
+import socket
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from flows.retrain import retrain
+from flows.train import TrainResult
+from forecasting.errors import HistoryError, ServiceError
+from forecasting.registry import PRODUCTION, open_registry
+from forecasting.settings import Settings
+from forecasting.store import retrains
+from tests.flows.support import all_runs, client_of, configured, rows_of, task_states
+
+NAME = "perennial-goog"
+DAY = date(2006, 12, 29)
+EVENT = str(uuid4())
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("retrain")
+
+
+@pytest.fixture(scope="module")
+def promoted(prefect_server: None, home: Path) -> TrainResult:
+    """A retrain that a drift event asked for."""
+    with configured(home):
+        return retrain(symbol="GOOG", as_of=DAY, trigger=EVENT)
+
+
+@pytest.fixture
+def settings(home: Path, promoted: TrainResult) -> Iterator[Settings]:
+    with configured(home) as made:
+        yield made
+
+
+def ledger_of(settings: Settings) -> list[dict[str, Any]]:
+    return rows_of(settings, retrains, "created_at")
+
+
+def test_a_retrain_trains_and_is_written_down(settings, promoted):
+    assert (promoted.outcome, promoted.version, promoted.as_of) == ("promoted", 1, DAY)
+    assert open_registry(settings).alias(NAME, PRODUCTION) == 1
+    line = ledger_of(settings)[0]
+    assert (line["symbol"], line["as_of"], line["trigger"]) == ("GOOG", DAY, EVENT)
+    assert (line["state"], line["reason"]) == ("promoted", "; ".join(promoted.reasons))
+    tags = client_of(settings).get_run(promoted.run_id).data.tags
+    assert tags["trigger"] == f"retrain: {EVENT}"
+    assert line["flow_run_id"] == tags["flow_run_id"]
+    assert task_states(line["flow_run_id"])["promote"] == "Completed"
+
+
+@pytest.mark.parametrize("trigger", [EVENT, "another event"])
+def test_during_the_cooldown_a_request_is_skipped_with_the_reason(settings, promoted, trigger):
+    """The same event delivered twice, or the next one: neither trains."""
+    runs = len(all_runs(settings))
+    result = retrain(symbol="GOOG", as_of=date(2007, 1, 5), trigger=trigger)
+    assert (result.outcome, result.version, result.run_id) == ("skipped", None, "")
+    (reason,) = result.reasons
+    assert "GOOG was retrained (promoted) as of 2006-12-29" in reason
+    assert "the cooldown is 20 (PERENNIAL_RETRAIN_COOLDOWN_DAYS)" in reason
+    line = ledger_of(settings)[-1]
+    assert (line["state"], line["trigger"], line["reason"]) == ("skipped", trigger, reason)
+    assert len(all_runs(settings)) == runs
+    assert open_registry(settings).alias(NAME, PRODUCTION) == 1
+
+
+def test_after_the_cooldown_it_trains_again(settings, home):
+    """Here nothing is new: what the earlier retrain found is re-used."""
+    with configured(home, retrain_cooldown_days=0):
+        result = retrain(symbol="GOOG", as_of=DAY, trigger="later")
+    assert (result.outcome, result.version) == ("unchanged", 1)
+    assert ledger_of(settings)[-1]["state"] == "unchanged"
+
+
+def test_a_failed_retrain_is_written_down_and_starts_no_cooldown(settings, home):
+    day = date(2006, 9, 29)  # long before the one that was promoted
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        with configured(home, ray_address=f"127.0.0.1:{taken.getsockname()[1]}"):
+            for trigger in ("first", "second"):
+                with pytest.raises(ServiceError, match="No Ray cluster answers"):
+                    retrain(symbol="GOOG", as_of=day, trigger=trigger)
+    first, second = ledger_of(settings)[-2:]
+    assert [line["trigger"] for line in (first, second)] == ["first", "second"]
+    for line in (first, second):
+        assert line["state"] == "failed"
+        assert "No Ray cluster answers" in line["reason"]
+    statuses = {
+        run.data.tags["trigger"]: run.info.status
+        for run in all_runs(settings)
+        if "trigger" in run.data.tags
+    }
+    assert statuses["retrain: first"] == statuses["retrain: second"] == "FAILED"
+    assert open_registry(settings).alias(NAME, PRODUCTION) == 1
+
+
+def test_too_short_a_history_is_a_failed_run_and_a_failed_line(settings):
+    state = retrain(symbol="GOOG", as_of=date(2005, 3, 1), return_state=True)
+    assert state.is_failed()
+    with pytest.raises(HistoryError, match="rows of prices are needed"):
+        state.result()
+    line = ledger_of(settings)[-1]
+    assert (line["state"], line["trigger"]) == ("failed", "manual")
+    assert "rows of prices are needed" in line["reason"]
