@@ -5,12 +5,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
+from uuid import uuid4
 
 import httpx
+from tenacity import (
+    Retrying,
+    retry_if_exception_type,
+    retry_if_result,
+    stop_after_delay,
+    wait_exponential_jitter,
+)
 
 from forecasting.errors import ServiceError
 
 ENDED = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
+
+BUSY = frozenset({408, 429, 502, 503, 504})
+"""Answers after which Prefect's own clients try again; 503 is what a locked SQLite gives."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,19 @@ class PrefectApi:
 
     Args:
         url: address of the server, without `/api`.
+        patience: seconds during which a busy or absent server is asked again.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: float = 30.0) -> None:
         self.url = url
         self._http = httpx.Client(base_url=f"{url}/api", timeout=30)
+        self._again = Retrying(
+            retry=retry_if_result(lambda answer: answer.status_code in BUSY)
+            | retry_if_exception_type(httpx.TransportError),
+            stop=stop_after_delay(patience),
+            wait=wait_exponential_jitter(multiplier=0.2, max=3),
+            retry_error_callback=lambda state: state.outcome and state.outcome.result(),
+        )
 
     def __enter__(self) -> "PrefectApi":
         return self
@@ -56,7 +75,11 @@ class PrefectApi:
     def start(self, deployment: str, parameters: dict[str, Any]) -> str:
         """Create a flow run of `flow/deployment`; its id."""
         found = self._call("GET", f"/deployments/name/{deployment}")
-        body = {"parameters": parameters, "state": {"type": "SCHEDULED"}}
+        body = {
+            "parameters": parameters,
+            "state": {"type": "SCHEDULED"},
+            "idempotency_key": str(uuid4()),  # a repeated call makes no second run
+        }
         return str(self._call("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
     def run(self, run_id: str) -> Run:
@@ -123,7 +146,7 @@ class PrefectApi:
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:  # noqa: ANN401
         try:
-            answer = self._http.request(method, path, json=body)
+            answer = self._again(self._http.request, method, path, json=body)
             answer.raise_for_status()
         except httpx.HTTPStatusError as error:
             raise ServiceError(f"Prefect {method} {path}: {error.response.text}") from error

@@ -18,7 +18,7 @@ from forecasting import baselines, datasets, metrics
 from forecasting.events import DriftDetected
 from forecasting.registry import open_registry
 from forecasting.settings import Settings
-from forecasting.store import checks, engine_of, predictions, promotions, retrains
+from forecasting.store import checks, engine_of, predictions, retrains
 
 INK, BLUE, ORANGE, RED, GREEN, GREY = (
     "#1c2733",
@@ -28,6 +28,9 @@ INK, BLUE, ORANGE, RED, GREEN, GREY = (
     "#2c8a57",
     "#9aa7b4",
 )
+
+
+_CONFIG = {"displayModeBar": False}
 
 
 @dataclass
@@ -100,7 +103,9 @@ class Facts:
 
 def collect(facts: Facts, settings: Settings, api: PrefectApi, symbol: str = "GOOG") -> None:
     """Fill in what SQL, MLflow and Prefect know after the replay."""
-    facts.event_ids = [event["id"] for event in reversed(api.events(DriftDetected.name))]
+    events = list(reversed(api.events(DriftDetected.name)))
+    facts.event_ids = [event["id"] for event in events]
+    alarms = {date.fromisoformat(event["payload"]["as_of"]) for event in events}
     registry = open_registry(settings)
     with engine_of(settings.sql_url) as engine:
         for flow in ("train", "retrain"):
@@ -117,6 +122,8 @@ def collect(facts: Facts, settings: Settings, api: PrefectApi, symbol: str = "GO
                         "mlflow_run_id": logged.run_id if logged else "",
                         "outcome": logged.tags.get("outcome", "") if logged else "",
                         "reasons": logged.tags.get("reasons", "") if logged else "",
+                        "version": _number(logged.tags.get("version", "")) if logged else None,
+                        "kind": logged.tags.get("kind", "") if logged else "",
                         "scores": dict(logged.metrics) if logged else {},
                     }
                 )
@@ -124,7 +131,11 @@ def collect(facts: Facts, settings: Settings, api: PrefectApi, symbol: str = "GO
         facts.drift_checks = _checks(engine)
         facts.prices = datasets.load_frame(settings, symbol, _last_day(facts))
         facts.forecasts = _forecasts(engine, facts.prices, symbol)
-        _tell(facts, engine)
+    _tell(facts, alarms)
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
 
 
 def _last_day(facts: Facts) -> date:
@@ -177,33 +188,23 @@ def _forecasts(engine: Engine, prices: pd.DataFrame, symbol: str) -> pd.DataFram
     return found
 
 
-def _tell(facts: Facts, engine: Engine) -> None:
+def _tell(facts: Facts, alarms: set[date]) -> None:
     for each in facts.drift_checks:
-        if each["drifted"]:
+        day = date.fromisoformat(each["as_of"])
+        if each["drifted"] and day in alarms:  # a check made up for later alarms nobody
             worst = sorted(each["features"].items(), key=lambda kv: -kv[1])[:3]
-            detail = f"share {each['share']:.2f}: " + ", ".join(f"{k} {v:.2f}" for k, v in worst)
-            day = date.fromisoformat(each["as_of"])
+            detail = f"{each['share']:.0%} of features moved, most of all " + ", ".join(
+                f"{name} by {score:.1f} sd" for name, score in worst
+            )
             facts.happenings.append(Happening(day, "drift event", each["version"], detail))
-    with engine.connect() as connection:
-        rows = connection.execute(select(promotions).order_by(promotions.c.created_at)).mappings()
-        promoted = {row["version"]: row["served"] for row in rows}
     for each in facts.trainings:
-        scores = each["scores"]
-        detail = (
-            f"CRPS {scores.get('gate_candidate', float('nan')):.1f}"
-            f" | production {scores.get('gate_production', float('nan')):.1f}"
-            f" | random walk {scores.get('gate_random_walk', float('nan')):.1f} bp; "
-            if scores
-            else ""
-        )
-        detail += f"{each['reasons']} ({each['seconds']:.0f} s, by {each['creator'].lower()})"
-        version = max(promoted) if each["outcome"] == "promoted" and promoted else None
+        who = f"started by {each['creator'].lower()}" if each["creator"] else "started by hand"
         facts.happenings.append(
             Happening(
                 date.fromisoformat(each["as_of"]),
                 f"{each['flow']}: {each['outcome'] or each['state'].lower()}",
-                version,
-                detail,
+                each["version"] if each["outcome"] == "promoted" else None,
+                f"{each['reasons']} ({who}, {each['seconds']:.0f} s)",
             )
         )
 
@@ -220,7 +221,7 @@ def write_report(facts: Facts, folder: Path) -> list[Path]:
         told=told,
         plotly=get_plotlyjs(),
         figures=[
-            figure.to_html(full_html=False, include_plotlyjs=False, config={"displaylogo": False})
+            figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG)
             for figure in figures
         ],
     )
@@ -244,11 +245,11 @@ def _figure(title: str, unit: str) -> go.Figure:
     return figure
 
 
-def _mark(figure: go.Figure, facts: Facts) -> None:
+def _mark(figure: go.Figure, facts: Facts, since: date | None = None) -> None:
     styles = {"drift event": (RED, "drift"), "retrain: promoted": (GREEN, "promoted")}
     styles["train: promoted"] = (GREEN, "first model")
     for each in facts.happenings:
-        if each.what in styles:
+        if each.what in styles and (since is None or each.day >= since):
             colour, label = styles[each.what]
             figure.add_vline(
                 x=pd.Timestamp(each.day).timestamp() * 1000,
@@ -263,10 +264,10 @@ def _price_figure(facts: Facts) -> go.Figure:
     first = pd.Timestamp("2007-01-01")
     shown = facts.prices.loc[facts.prices.index >= first, "close"]
     if not facts.forecasts.empty:
-        far = facts.forecasts[facts.forecasts["horizon"] == facts.forecasts["horizon"].max()]
-        far = far.sort_values("target")
-        bands = np.array(far["quantiles"].tolist())
+        replayed = _day_after_day(facts.forecasts)
+        far = replayed[replayed["horizon"] == replayed["horizon"].max()].sort_values("target")
         levels = np.array(far["levels"].iloc[0])
+        bands = np.array(far["quantiles"].tolist())
         for low, high, alpha in ((0.025, 0.975, 0.15), (0.1, 0.9, 0.22), (0.25, 0.75, 0.3)):
             a, b = np.abs(levels - low).argmin(), np.abs(levels - high).argmin()
             name = f"{round(100 * (high - low))} % interval"
@@ -279,6 +280,14 @@ def _price_figure(facts: Facts) -> go.Figure:
     figure.add_scatter(x=shown.index, y=shown, name="close", line={"color": INK, "width": 1.4})
     _mark(figure, facts)
     return figure
+
+
+def _day_after_day(forecasts: pd.DataFrame) -> pd.DataFrame:
+    """The forecasts after the last pause of more than two weeks: no line is drawn across one."""
+    origins = pd.to_datetime(forecasts["origin"])
+    days = pd.Series(sorted(origins.unique()))
+    begins = days[days.diff() > pd.Timedelta(days=14)]
+    return forecasts[origins >= begins.max()] if len(begins) else forecasts
 
 
 def _drift_figure(facts: Facts) -> go.Figure:
@@ -310,8 +319,9 @@ def _score_figure(facts: Facts) -> go.Figure:
     )
     if facts.forecasts.empty:
         return figure
-    daily = facts.forecasts.groupby("origin")[["crps_bp", "random_walk_bp"]].mean()
-    version = facts.forecasts.groupby("origin")["model_version"].last()
+    by_day = _day_after_day(facts.forecasts).groupby("origin")
+    daily = by_day[["crps_bp", "random_walk_bp"]].mean()
+    version = by_day["model_version"].last()
     rolled = daily.rolling(20, min_periods=5).mean()
     figure.add_scatter(
         x=rolled.index, y=rolled["random_walk_bp"], name="random walk", line={"color": GREY}
@@ -321,7 +331,7 @@ def _score_figure(facts: Facts) -> go.Figure:
         chosen = rolled["crps_bp"].where(version == number)
         line = {"color": palette[index % len(palette)], "width": 2}
         figure.add_scatter(x=rolled.index, y=chosen, name=f"version {number}", line=line)
-    _mark(figure, facts)
+    _mark(figure, facts, since=daily.index.min())
     return figure
 
 
@@ -339,7 +349,7 @@ _PAGE = """<!doctype html>
  th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #e4e9ee;
           vertical-align: top }
  td.n, th.n { text-align: right; font-variant-numeric: tabular-nums }
- code { font-size: .85em }
+ td.d { white-space: nowrap } code { font-size: .85em }
 </style><script>{{ plotly | safe }}</script></head><body>
 <h1>The whole loop on Google's stock price</h1>
 <p>Trained as of a day in 2007, watched through a calm year, replayed day by day into the crash of
@@ -355,7 +365,7 @@ _PAGE = """<!doctype html>
 {% for figure in figures %}{{ figure | safe }}{% endfor %}
 <h2>What happened</h2>
 <table><tr><th>Date</th><th>What</th><th class="n">Version</th><th>Detail</th></tr>
-{% for h in told.happenings %}<tr><td>{{ h.day }}</td><td>{{ h.what }}</td>
+{% for h in told.happenings %}<tr><td class="d">{{ h.day }}</td><td class="d">{{ h.what }}</td>
 <td class="n">{{ "" if h.version is none else h.version }}</td><td>{{ h.detail }}</td></tr>
 {% endfor %}</table>
 <h2>Scores of what was served</h2>
@@ -370,10 +380,11 @@ better. The random walk uses all past residuals and is scored on the same days.<
 <table>{% for name, s in told.steps_seconds.items() %}<tr><td>{{ name }}</td>
 <td class="n">{{ s }}</td></tr>{% endfor %}</table>
 <h2>Runs</h2>
-<table><tr><th>Flow</th><th>As of</th><th>Outcome</th><th>Created by</th><th>Prefect run</th>
-<th>MLflow run</th></tr>
-{% for t in told.trainings %}<tr><td>{{ t.flow }}</td><td>{{ t.as_of }}</td><td>{{ t.outcome }}</td>
-<td>{{ t.creator }}</td><td><code>{{ t.flow_run_id }}</code></td>
+<table><tr><th>Flow</th><th>As of</th><th>Outcome</th><th>Kind</th><th>Created by</th>
+<th>Prefect run</th><th>MLflow run</th></tr>
+{% for t in told.trainings %}<tr><td>{{ t.flow }}</td><td class="d">{{ t.as_of }}</td>
+<td>{{ t.outcome }}</td><td>{{ t.kind }}</td><td>{{ t.creator or "by hand" }}</td>
+<td><code>{{ t.flow_run_id }}</code></td>
 <td><code>{{ t.mlflow_run_id }}</code></td></tr>{% endfor %}</table>
 </body></html>
 """

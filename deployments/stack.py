@@ -135,6 +135,8 @@ class Stack:
             "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
             "PREFECT_CLI_PROMPT": "false",
             "DVC_NO_ANALYTICS": "true",
+            "ORT_DISABLE_TELEMETRY": "1",
+            "MPLCONFIGDIR": str(self.home / "matplotlib"),
             "DO_NOT_TRACK": "1",
             "PYTHONUNBUFFERED": "1",
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),

@@ -9,7 +9,6 @@ from pydantic import BaseModel
 
 from flows.ingest import today_or
 from flows.train import forecaster_name
-from forecasting.errors import HistoryError
 from forecasting.registry import open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
@@ -20,24 +19,26 @@ from tasks.monitor import (
     compare,
     join_actuals,
     last_check,
+    last_known,
     production_contract,
     record_checks,
     report,
+    was_alarmed,
 )
 
 
 class MonitorResult(BaseModel):
-    """What one monitor run saw."""
+    """What one monitor run saw; without new prices there is no check, no share and no run id."""
 
     symbol: str
     as_of: date
     version: int
-    drifted: bool
-    share: float
     summary: str
-    checks: int
     joined: int
-    run_id: str
+    drifted: bool = False
+    share: float | None = None
+    checks: int = 0
+    run_id: str = ""
     event_id: UUID | None = None
 
 
@@ -47,8 +48,8 @@ def monitor(
 ) -> MonitorResult:
     """Check for drift on `as_of`, and catch up on the weekly checks missed since the last one.
 
-    Only the newest check acts: it says what is true now. It emits `perennial.drift.detected`,
-    which an automation answers with the deployment `retrain`.
+    Only the newest check acts: it says what is true now. It emits `perennial.drift.detected`, once
+    a day and version, which an automation answers with the deployment `retrain`.
 
     Args:
         symbol: whose prices and forecaster.
@@ -59,32 +60,25 @@ def monitor(
     day = today_or(as_of)
     registry = open_registry(settings)
     version, contract = production_contract(registry, forecaster_name(symbol))
+    seen = MonitorResult(symbol=symbol, as_of=day, version=version, summary="", joined=0)
     with engine_of(settings.sql_url) as engine:
-        joined = join_actuals(settings, engine, symbol, day)
+        seen.joined = join_actuals(settings, engine, symbol, day)
         after = since or last_check(engine, symbol)
-        days = check_days(after, day)
-        if not days:
-            deliver_events(settings)  # what an earlier run could not
-            raise HistoryError(
-                f"No session of the exchange lies after {after} up to {day}: nothing to check. "
-                "Ask for a later as_of or an earlier since."
+        days = check_days(after, last_known(settings, symbol, day))
+        if days:
+            verdicts, html = compare(settings, contract, symbol, days)
+            newest = verdicts[-1]
+            seen.summary, seen.drifted, seen.share = newest.summary(), newest.drifted, newest.share
+            seen.checks = len(verdicts)
+            seen.run_id = report(registry, engine, version, symbol, verdicts, html)
+            known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
+            if newest.drifted and not known:
+                seen.event_id = alarm(engine, contract, version, symbol, newest)
+            record_checks(engine, contract, version, symbol, verdicts, str(flow_run.id or "local"))
+        else:
+            seen.summary = (
+                f"Nothing to check: on {day} no prices of {symbol} after {after} are known."
             )
-        verdicts, html = compare(settings, contract, symbol, days)
-        run_id = report(registry, engine, version, symbol, verdicts, html)
-        newest = verdicts[-1]
-        event_id = alarm(engine, contract, version, symbol, newest) if newest.drifted else None
-        record_checks(engine, contract, version, symbol, verdicts, str(flow_run.id or "local"))
     deliver_events(settings)
-    get_run_logger().info(newest.summary())
-    return MonitorResult(
-        symbol=symbol,
-        as_of=day,
-        version=version,
-        drifted=newest.drifted,
-        share=newest.share,
-        summary=newest.summary(),
-        checks=len(verdicts),
-        joined=joined,
-        run_id=run_id,
-        event_id=event_id,
-    )
+    get_run_logger().info(seen.summary)
+    return seen

@@ -51,5 +51,5 @@ def retrain(
         except BaseException as error:
             ledger.close(engine, entry.id, "failed", repr(error))
             raise
-        ledger.close(engine, entry.id, result.outcome, "; ".join(result.reasons))
+        ledger.close(engine, entry.id, result.outcome, " ".join(result.reasons))
     return result

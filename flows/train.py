@@ -95,10 +95,21 @@ def run_training(settings: Settings, symbol: str, as_of: date, trigger: str) -> 
         except BaseException:
             registry.finish(run_id, "FAILED")
             raise
-        registry.set_tags(run_id, {"outcome": result.outcome, "reasons": "; ".join(result.reasons)})
+        reasons = " ".join(result.reasons)
+        ended = {"outcome": result.outcome, "reasons": reasons, "version": result.version or ""}
+        registry.set_tags(run_id, ended)
         registry.finish(run_id, "FINISHED")
-    get_run_logger().info("%s: %s", result.outcome, "; ".join(result.reasons))
+    get_run_logger().info("%s: %s", result.outcome, reasons)
     return result
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The version in production and where its files lie."""
+
+    version: int
+    folder: Path
+    contract: Contract
 
 
 @dataclass(frozen=True)
@@ -118,19 +129,25 @@ class _Training:
         return forecaster_name(self.symbol)
 
     def run(self) -> TrainResult:
-        candidate = self.find_candidate()
         self.settings.work_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.settings.work_dir) as scratch:
+            held = self.production(Path(scratch) / "production")
+            if held is not None and held.contract.as_of > self.as_of:
+                return self.too_old(held)
+            candidate = self.find_candidate()
             folder = Path(scratch) / "candidate"
             contract = write_candidate(candidate, folder, self.facts())
-            held = Path(scratch) / "production"
-            current = self.registry.alias(self.forecaster, PRODUCTION)
-            if current is not None:
-                self.registry.download(self.forecaster, current, held)
-                settled = self.settled_by(read_contract(held), contract, current)
-                if settled is not None:
-                    return settled
-            return self.decide(candidate, folder, held if current is not None else None)
+            if held is not None and held.contract.files[MODEL_FILE] == contract.files[MODEL_FILE]:
+                return self.unchanged(held)
+            return self.decide(candidate, folder, held.folder if held is not None else None)
+
+    def production(self, folder: Path) -> "_Held | None":
+        """The version in production, downloaded."""
+        version = self.registry.alias(self.forecaster, PRODUCTION)
+        if version is None:
+            return None
+        self.registry.download(self.forecaster, version, folder)
+        return _Held(version, folder, read_contract(folder))
 
     def find_candidate(self) -> Candidate:
         """Windows, search and fit, each re-used when data, code and parameters are the same."""
@@ -150,6 +167,7 @@ class _Training:
         self.registry.log_params(self.run_id, logged)
         scores = [(name, value, 0) for name, value in candidate.scores.items()]
         self.registry.log_metrics(self.run_id, scores + candidate.history)
+        self.registry.set_tags(self.run_id, {"kind": candidate.kind})
         return candidate
 
     def decide(self, candidate: Candidate, folder: Path, held: Path | None) -> TrainResult:
@@ -166,18 +184,19 @@ class _Training:
         reasons = [verdict.summary(), promoted.served]
         return self.result("promoted", reasons, scores=scores, version=version)
 
-    def settled_by(self, held: Contract, candidate: Contract, version: int) -> TrainResult | None:
-        """No comparison at all: the same network, or one that is older than production."""
-        if held.files[MODEL_FILE] == candidate.files[MODEL_FILE]:
-            reason = f"identical to version {version}, which is in production"
-            return self.result("unchanged", [reason], version=version)
-        if held.as_of > candidate.as_of:
-            reason = (
-                f"as of {candidate.as_of} is before production's {held.as_of} (version {version}): "
-                "production has seen those days. Use rollback to serve an older version."
-            )
-            return self.result("refused", [reason])
-        return None
+    def too_old(self, held: "_Held") -> TrainResult:
+        """Known before any training: production has seen days that this one must not."""
+        reason = (
+            f"as of {self.as_of} is before production's {held.contract.as_of} (version "
+            f"{held.version}): production has seen those days. Use rollback to serve an older "
+            "version."
+        )
+        return self.result("refused", [reason])
+
+    def unchanged(self, held: "_Held") -> TrainResult:
+        """The same network as the one in production: nothing to compare."""
+        reason = f"The model is identical to version {held.version}, which is in production."
+        return self.result("unchanged", [reason], version=held.version)
 
     def facts(self) -> dict[str, Any]:
         """What the contract says about where the model came from."""

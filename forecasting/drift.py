@@ -11,6 +11,7 @@ share of features beyond the threshold.
 `DataDriftPreset` and its HTML (about half a second). Both call the same Evidently test.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -319,9 +320,12 @@ def regression_report(joined: pd.DataFrame) -> tuple[RegressionScores, str]:
     definition = DataDefinition(
         numerical_columns=wanted, regression=[Regression(target="actual", prediction="median")]
     )
-    snapshot = Report([RegressionPreset()]).run(
-        Dataset.from_pandas(table, data_definition=definition), None
-    )
+    with warnings.catch_warnings():
+        # Evidently scores its bins one by one, some of a single forecast
+        warnings.filterwarnings("ignore", "R.*score is not well-defined", UserWarning)
+        snapshot = Report([RegressionPreset()]).run(
+            Dataset.from_pandas(table, data_definition=definition), None
+        )
     return _regression_scores(snapshot.dict()["metrics"], len(table)), str(
         snapshot.get_html_str(as_iframe=False)
     )

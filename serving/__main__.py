@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import os
 import sys
 
 from forecasting.errors import PerennialError
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         commands.add_parser(name, help=text)
     command = parser.parse_args(arguments).command
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # else it writes into the user's home
     try:
         settings = load_settings()
         status: int = importlib.import_module(COMMANDS[command][0]).main(settings)

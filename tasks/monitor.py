@@ -53,6 +53,24 @@ def last_check(engine: Engine, symbol: str) -> date | None:
         return found.scalar_one_or_none()
 
 
+def last_known(settings: Settings, symbol: str, as_of: date) -> date:
+    """Session of the newest row that is known on `as_of`."""
+    newest: pd.Timestamp = datasets.load_frame(settings, symbol, as_of).index[-1]
+    return newest.date()
+
+
+def was_alarmed(engine: Engine, contract: Contract, version: int, symbol: str, day: date) -> bool:
+    """Whether a check of that day already found drift from that version."""
+    query = select(checks.c.drifted).where(
+        checks.c.symbol == symbol,
+        checks.c.as_of == day,
+        checks.c.forecaster == contract.forecaster,
+        checks.c.version == version,
+    )
+    with engine.connect() as connection:
+        return bool(connection.execute(query).scalar_one_or_none())
+
+
 def check_days(since: date | None, as_of: date) -> list[date]:
     """Days to check: every fifth session after `since`, and the newest session up to `as_of`.
 

@@ -23,6 +23,8 @@ for _key in [key for key in os.environ if key.startswith(FOREIGN)]:
 os.environ |= {
     "DO_NOT_TRACK": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MPLCONFIGDIR": str(SCRATCH / "matplotlib"),
+    "ORT_DISABLE_TELEMETRY": "1",
     "PREFECT_HOME": str(SCRATCH / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }

@@ -54,6 +54,14 @@ def test_readme_names_every_setting():
     assert missing(settings, r"{}(?!\w)") == []
 
 
+def test_readme_tells_default_and_meaning_of_every_setting_as_the_code_does():
+    text = README.read_text()
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default in ("", ()) else f"`{field.default}`"
+        row = f"| `{PREFIX}{name.upper()}` | {default} | {field.description} |"
+        assert row in text
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_a_document_names_no_setting_that_there_is_not(document):
     known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields} | TEST_SETTINGS

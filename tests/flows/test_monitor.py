@@ -17,7 +17,7 @@ from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilt
 from flows.monitor import MonitorResult, monitor
 from forecasting import datasets, events, outcomes
 from forecasting.drift import FEATURES
-from forecasting.errors import HistoryError, RegistryError
+from forecasting.errors import RegistryError
 from forecasting.events import DriftDetected
 from forecasting.predictions import Spool
 from forecasting.registry import PRODUCTION, open_registry
@@ -177,6 +177,22 @@ def test_only_the_newest_check_alarms(settings):
     assert (row["payload"]["as_of"], UUID(row["id"])) == ("2008-10-24", result.event_id)
 
 
+def test_a_repeated_check_alarms_once(settings):
+    since = date(2008, 10, 17)
+    assert monitor(symbol="GOOG", as_of=CRASH, since=since).event_id is not None
+    again = monitor(symbol="GOOG", as_of=CRASH, since=since)
+    assert again.drifted
+    assert again.event_id is None
+    assert len(rows_of(settings, outbox)) == 1
+
+
+def test_days_of_which_no_prices_are_known_are_not_checked(settings):
+    result = monitor(symbol="GOOG", as_of=date(2012, 6, 29), since=date(2007, 6, 15))
+    known = [row["as_of"] for row in rows_of(settings, checks, "as_of")]
+    assert result.checks == len(known) < 100
+    assert known[-1] == CRASH
+
+
 def test_a_repeated_check_is_not_written_twice(settings):
     since = date(2007, 6, 15)
     first = monitor(symbol="GOOG", as_of=CALM, since=since)
@@ -204,8 +220,9 @@ def test_with_nothing_new_to_check_it_says_so_and_sends_what_waits(settings):
                 dataset_md5="d" * 32,
             ),
         )
-    with pytest.raises(HistoryError, match=r"No session .* after 2007-06-29 up to 2007-06-30"):
-        monitor(symbol="GOOG", as_of=date(2007, 6, 30))
+    result = monitor(symbol="GOOG", as_of=date(2007, 6, 30))
+    assert "on 2007-06-30 no prices of GOOG after 2007-06-29 are known" in result.summary
+    assert (result.checks, result.drifted, result.share, result.run_id) == (0, False, None, "")
     (row,) = rows_of(settings, outbox)
     assert row["delivered_at"] is not None
     assert len(rows_of(settings, checks)) == 1

@@ -51,7 +51,7 @@ def test_a_retrain_trains_and_is_written_down(settings, promoted):
     assert open_registry(settings).alias(NAME, PRODUCTION) == 1
     line = ledger_of(settings)[0]
     assert (line["symbol"], line["as_of"], line["trigger"]) == ("GOOG", DAY, EVENT)
-    assert (line["state"], line["reason"]) == ("promoted", "; ".join(promoted.reasons))
+    assert (line["state"], line["reason"]) == ("promoted", " ".join(promoted.reasons))
     tags = client_of(settings).get_run(promoted.run_id).data.tags
     assert tags["trigger"] == f"retrain: {EVENT}"
     assert line["flow_run_id"] == tags["flow_run_id"]

@@ -129,7 +129,10 @@ def test_a_training_logs_parameters_and_every_score(refused, settings):
     assert "'lr': " in data.params["config"]
     for name in ("trained", "untrained", "volatility"):
         assert data.metrics[f"validation_crps_{name}"] > 0
-    assert data.metrics == pytest.approx(refused.scores)
+    assert {k: v for k, v in data.metrics.items() if k in refused.scores} == refused.scores
+    history = client_of(settings).get_metric_history(refused.run_id, "fit_validation_crps_bp")
+    assert [point.step for point in history] == [1, 2]
+    assert min(point.value for point in history) == refused.scores["validation_crps_trained"]
     assert {"gate_candidate", "gate_random_walk", "gate_relative"} <= refused.scores.keys()
 
 
@@ -168,9 +171,8 @@ def test_the_contract_says_where_the_version_came_from(promoted, settings, regis
     assert contract.train_start < contract.train_end < DAY
     frame = datasets.load_frame(settings, "GOOG", DAY, contract.dataset_md5)
     held_out = frame.loc[str(contract.train_end + timedelta(days=1)) :]
-    # validation, gate, a horizon before each, and the horizon of the gate's last window
-    days = settings.validation_days + settings.gate_days + 3 * settings.horizon
-    assert len(held_out) == days
+    # the gate's windows, a horizon before them, and the horizon of the last of them
+    assert len(held_out) == settings.gate_days + 2 * settings.horizon
 
 
 def test_another_tolerance_judges_anew_what_was_found_before(refused, promoted, settings):
@@ -192,7 +194,7 @@ def test_another_tolerance_judges_anew_what_was_found_before(refused, promoted, 
 def test_the_same_data_and_code_are_unchanged_and_nothing_is_computed(promoted, settings, registry):
     again = train(symbol="GOOG", as_of=DAY)
     assert (again.outcome, again.version) == ("unchanged", 1)
-    assert again.reasons == ["identical to version 1, which is in production"]
+    assert again.reasons == ["The model is identical to version 1, which is in production."]
     assert again.dataset_md5 == promoted.dataset_md5
     flow_run = flow_run_of(settings, again.run_id)
     states = task_states(flow_run)

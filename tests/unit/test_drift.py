@@ -195,6 +195,12 @@ def test_regression_report_against_plain_loops():
     assert "<html" in html[:2000]
 
 
+def test_regression_report_of_very_few_forecasts_warns_of_nothing():
+    joined = pd.DataFrame({"actual": [1.0, 2.0, 4.0], "median": [1.0, 2.5, 3.0]})
+    scores, _ = drift.regression_report(joined)
+    assert scores.rows == 3
+
+
 def test_regression_report_names_what_is_wrong():
     with pytest.raises(DataError, match="at least 2 rows"):
         drift.regression_report(pd.DataFrame({"actual": [1.0], "median": [1.0]}))
