@@ -31,7 +31,7 @@ def rollback(
     registry = open_registry(settings)
     with engine_of(settings.sql_url) as engine:
         for line in promotion.reconcile(settings, registry, engine, forecaster):
-            get_run_logger().warning("reconciled: %s", line)
+            get_run_logger().warning("An interrupted promotion was settled: %s", line)
         target = version if version is not None else _previous(registry, forecaster)
         registry.version(forecaster, target)  # said at once if there is none; a task would retry
         return promote_version(settings, registry, engine, forecaster, target, why)

@@ -79,7 +79,7 @@ def run_training(settings: Settings, symbol: str, as_of: date, trigger: str) -> 
     registry = open_registry(settings)
     with engine_of(settings.sql_url) as engine:
         for line in promotion.reconcile(settings, registry, engine):
-            get_run_logger().warning("reconciled: %s", line)
+            get_run_logger().warning("An interrupted promotion was settled: %s", line)
         dataset = ingest_prices(settings, [symbol], as_of)
         tags = {
             "symbol": symbol,

@@ -76,6 +76,9 @@ class Promotion:
     created_at: datetime
     updated_at: datetime
 
+    def __str__(self) -> str:
+        return f"{self.forecaster} version {self.version} is {self.state}: {self.served}"
+
 
 def promote(
     settings: Settings,

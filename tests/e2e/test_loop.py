@@ -232,7 +232,7 @@ def test_a_failed_run_leaves_production_as_it_was(
     stack: Stack, api: PrefectApi, registry: Registry
 ) -> None:
     before = registry.aliases(NAME)
-    run_id = api.start("train/train", {"symbol": "GOOG", "as_of": "2004-09-30"})
+    run_id = api.start("train/train", {"symbol": "FB", "as_of": "2012-11-26"})
     run = until(lambda: ended(api, run_id), "the run to end", 120)
     assert run.state == "FAILED"
     assert "rows of prices are needed" in run.message

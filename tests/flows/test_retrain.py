@@ -82,7 +82,7 @@ def test_after_the_cooldown_it_trains_again(settings, home):
 
 
 def test_a_failed_retrain_is_written_down_and_starts_no_cooldown(settings, home):
-    day = date(2006, 9, 29)  # long before the one that was promoted
+    day = date(2007, 6, 29)  # long after the one that was promoted
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
         with configured(home, ray_address=f"127.0.0.1:{taken.getsockname()[1]}"):
@@ -104,7 +104,7 @@ def test_a_failed_retrain_is_written_down_and_starts_no_cooldown(settings, home)
 
 
 def test_too_short_a_history_is_a_failed_run_and_a_failed_line(settings):
-    state = retrain(symbol="GOOG", as_of=date(2005, 3, 1), return_state=True)
+    state = retrain(symbol="FB", as_of=date(2012, 11, 26), return_state=True)
     assert state.is_failed()
     with pytest.raises(HistoryError, match="rows of prices are needed"):
         state.result()

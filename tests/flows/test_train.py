@@ -238,7 +238,7 @@ def test_a_search_that_is_re_used_needs_no_ray(settings, home, no_ray):
         ({"concurrency": 2}, DAY, "Cached"),
         ({"horizon": 4}, DAY, "Completed"),
         ({"validation_days": 119}, DAY, "Completed"),
-        ({}, date(2007, 12, 28), "Completed"),
+        ({}, date(2008, 1, 2), "Completed"),
     ],
     ids=["seed", "trials", "epochs", "concurrency", "horizon", "validation_days", "as_of"],
 )
@@ -257,7 +257,9 @@ def test_another_parameter_searches_again(settings, home, no_ray, changes, as_of
 # --- not trained -----------------------------------------------------------------------------
 
 
-def test_an_older_day_than_productions_is_refused(settings, registry, engine, tmp_path):
+def test_an_older_day_than_productions_is_refused_before_any_training(
+    settings, registry, engine, tmp_path
+):
     later = date(2008, 6, 30)
     run_id = registry.start_run("trained later", {})
     write_model_folder(tmp_path, run_id=run_id, as_of=later)
@@ -269,30 +271,35 @@ def test_an_older_day_than_productions_is_refused(settings, registry, engine, tm
         (reason,) = result.reasons
         assert "as of 2007-12-31 is before production's 2008-06-30" in reason
         assert "Use rollback to serve an older version." in reason
+        steps = task_states(flow_run_of(settings, result.run_id))
+        assert [name.split()[0] for name in steps] == ["ingest"]
         assert registry.aliases(NAME) == {PRODUCTION: version, PREVIOUS: 1}
     finally:
         promotion.promote(settings, registry, engine, NAME, 1, "me", "back to the trained one")
 
 
 @pytest.mark.parametrize(
-    ("as_of", "message"),
+    ("symbol", "as_of", "message"),
     [
-        (date(2004, 8, 18), "Nothing is known of GOOG as of 2004-08-18.*day is 2004-08-19"),
-        (date.today() + timedelta(days=1), r"is in the future; a date up to today \("),
-        (date(2005, 3, 1), r"438 rows of prices are needed .*; 134 found. Take a later as_of"),
+        ("GOOG", date(2004, 8, 18), "Nothing is known of GOOG as of 2004-08-18.*day is 2004-08-19"),
+        ("GOOG", date.today() + timedelta(days=1), r"is in the future; a date up to today \("),
+        ("FB", date(2012, 11, 26), r"438 rows of prices are needed .*; \d+ found. Take a later"),
     ],
     ids=["before the data", "in the future", "too short a history"],
 )
-def test_a_day_that_cannot_be_trained_fails_and_changes_nothing(settings, registry, as_of, message):
+def test_a_day_that_cannot_be_trained_fails_and_changes_nothing(
+    settings, registry, symbol, as_of, message
+):
     before = [(info.version, info.aliases) for info in registry.history(NAME)]
     with pytest.raises(HistoryError, match=message):
-        train(symbol="GOOG", as_of=as_of)
-    assert train(symbol="GOOG", as_of=as_of, return_state=True).is_failed()
+        train(symbol=symbol, as_of=as_of)
+    assert train(symbol=symbol, as_of=as_of, return_state=True).is_failed()
     assert [(info.version, info.aliases) for info in registry.history(NAME)] == before
+    assert registry.history("perennial-fb") == []
     assert registry.alias(NAME, PRODUCTION) == 1
     states = [
         run.info.status
         for run in all_runs(settings)
         if run.data.tags.get("as_of") == as_of.isoformat()
     ]
-    assert states == (["FAILED", "FAILED"] if as_of == date(2005, 3, 1) else [])
+    assert states == (["FAILED", "FAILED"] if symbol == "FB" else [])
