@@ -9,6 +9,8 @@ from pydantic import BaseModel
 
 from flows.ingest import today_or
 from flows.train import forecaster_name
+from forecasting import datasets
+from forecasting.errors import HistoryError
 from forecasting.registry import open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
@@ -55,22 +57,32 @@ def monitor(
         symbol: whose prices and forecaster.
         as_of: the day it pretends to be; today if absent.
         since: checks after this day are made up for; the last recorded check if absent.
+
+    Raises:
+        RegistryError: nothing is in production yet.
+        HistoryError: the version in production was trained as of a later day.
     """
     settings = load_settings()
     day = today_or(as_of)
     registry = open_registry(settings)
     version, contract = production_contract(registry, forecaster_name(symbol))
+    if contract.as_of > day:
+        raise HistoryError(
+            f"Version {version} in production was trained as of {contract.as_of} and knows what "
+            f"came after {day}; monitor it as of that day or later."
+        )
     seen = MonitorResult(symbol=symbol, as_of=day, version=version, summary="", joined=0)
+    md5 = datasets.find(settings).md5  # one version for all steps, whatever is ingested meanwhile
     with engine_of(settings.sql_url) as engine:
-        seen.joined = join_actuals(settings, engine, symbol, day)
+        seen.joined = join_actuals(settings, engine, symbol, day, md5)
         after = since or last_check(engine, symbol)
-        days = check_days(after, last_known(settings, symbol, day))
+        days = check_days(after, last_known(settings, symbol, day, md5))
         if days:
-            verdicts, html = compare(settings, contract, symbol, days)
+            verdicts, html = compare(settings, contract, symbol, days, md5)
             newest = verdicts[-1]
             seen.summary, seen.drifted, seen.share = newest.summary(), newest.drifted, newest.share
             seen.checks = len(verdicts)
-            seen.run_id = report(registry, engine, version, symbol, verdicts, html)
+            seen.run_id = report(registry, engine, version, symbol, md5, verdicts, html)
             known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
             if newest.drifted and not known:
                 seen.event_id = alarm(engine, contract, version, symbol, newest)

@@ -15,6 +15,7 @@ from flows.ingest import today_or
 from forecasting import promotion
 from forecasting.contract import MODEL_FILE, Contract, read_contract
 from forecasting.datasets import DatasetVersion
+from forecasting.errors import OvertakenError
 from forecasting.registry import PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
@@ -78,7 +79,7 @@ def run_training(settings: Settings, symbol: str, as_of: date, trigger: str) -> 
     """The order of one training, shared by `train` and `retrain`; call it inside a flow."""
     registry = open_registry(settings)
     with engine_of(settings.sql_url) as engine:
-        for line in promotion.reconcile(settings, registry, engine):
+        for line in promotion.reconcile(settings, registry, engine, forecaster_name(symbol)):
             get_run_logger().warning("An interrupted promotion was settled: %s", line)
         dataset = ingest_prices(settings, [symbol], as_of)
         tags = {
@@ -139,7 +140,7 @@ class _Training:
             contract = write_candidate(candidate, folder, self.facts())
             if held is not None and held.contract.files[MODEL_FILE] == contract.files[MODEL_FILE]:
                 return self.unchanged(held)
-            return self.decide(candidate, folder, held.folder if held is not None else None)
+            return self.decide(candidate, folder, held)
 
     def production(self, folder: Path) -> "_Held | None":
         """The version in production, downloaded."""
@@ -158,7 +159,7 @@ class _Training:
         key = cache_key("windows", md5, cut)
         splits = _step(prepare_windows, settings, self.symbol, self.as_of, md5, key=key)
         key = cache_key("search", md5, tuning)
-        found: Found = _step(search, settings, splits, self.run_id, key=key)
+        found: Found = _step(search, settings, splits, self.run_id, md5, key=key)
         show_search(self.registry, self.run_id, found)
         fitting = tuning | self.picked("fit_epochs") | {"config": asdict(found.config)}
         key = cache_key("fit", md5, fitting)
@@ -170,17 +171,33 @@ class _Training:
         self.registry.set_tags(self.run_id, {"kind": candidate.kind})
         return candidate
 
-    def decide(self, candidate: Candidate, folder: Path, held: Path | None) -> TrainResult:
+    def decide(self, candidate: Candidate, folder: Path, held: "_Held | None") -> TrainResult:
         """The gate and, if it agrees, the promotion."""
-        verdict = judge(self.settings, self.symbol, self.as_of, self.dataset.md5, folder, held)
+        verdict = judge(
+            self.settings,
+            self.symbol,
+            self.as_of,
+            self.dataset.md5,
+            folder,
+            held.folder if held is not None else None,
+        )
         show_verdict(self.registry, self.run_id, candidate, verdict)
         scores = candidate.scores | gate_scores(verdict)
         if not verdict.promote:
             return self.result("refused", list(verdict.reasons), scores=scores)
         version = self.registry.register(folder, self.forecaster, self.run_id, {})
-        promoted = promote_version(
-            self.settings, self.registry, self.engine, self.forecaster, version, verdict.summary()
-        )
+        try:
+            promoted = promote_version(
+                self.settings,
+                self.registry,
+                self.engine,
+                self.forecaster,
+                version,
+                verdict.summary(),
+                judged_against=held.version if held is not None else None,
+            )
+        except OvertakenError as error:
+            return self.result("refused", [str(error)], scores=scores)
         reasons = [verdict.summary(), promoted.served]
         return self.result("promoted", reasons, scores=scores, version=version)
 

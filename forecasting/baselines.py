@@ -16,9 +16,6 @@ from forecasting.metrics import Array
 
 Origins = NDArray[np.datetime64]
 
-RANDOM_WALK_WINDOWS: tuple[int | None, ...] = (None, 250, 60)
-"""Residuals that the three random walks keep: all past ones, a year, a quarter."""
-
 _LEAST_RESIDUALS = 20
 _HAR_WARMUP = 22
 _VARIANCE_FLOOR = 1e-8

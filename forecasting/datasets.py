@@ -18,6 +18,7 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,8 +33,8 @@ import pandas as pd
 import pyarrow as arrow
 import pyarrow.parquet as parquet
 from dulwich.config import StackedConfig
-from dulwich.errors import NotGitRepository
-from dulwich.objects import Blob, Commit, ShaFile, Tree
+from dulwich.errors import FileFormatException, NotGitRepository
+from dulwich.objects import Blob, Commit, EmptyFileException, ShaFile, Tree
 from dulwich.refs import Ref
 from dulwich.repo import Repo as GitRepo
 from dvc.exceptions import DvcException
@@ -74,6 +75,13 @@ _WHO = b"perennial <perennial@localhost>"
 _LOCK_SECONDS = 300
 _MD5 = re.compile(rb"md5: ([0-9a-f]{32})\.dir\b")
 _HEX = re.compile(r"([0-9a-f]{32})(?:\.dir)?")
+_DAMAGE = (
+    NotGitRepository,
+    FileFormatException,  # of a damaged object
+    EmptyFileException,
+    json.JSONDecodeError,
+    zlib.error,
+)
 _DATA_ERRORS = (OSError, arrow.ArrowException)
 
 
@@ -473,7 +481,7 @@ def _git(settings: Settings) -> Iterator[GitRepo | None]:
     try:
         with GitRepo(str(root)) as git:
             yield git
-    except (NotGitRepository, KeyError, AssertionError) as error:
+    except (*_DAMAGE, KeyError, AssertionError) as error:
         raise _damaged(settings, error) from error
 
 

@@ -11,6 +11,7 @@
     │   ├── ContractError      a model folder is incomplete, altered or of another contract version
     │   └── TrainingError      a fit or an export broke (diverged, not reproducible)
     ├── RegistryError          the model registry is away, or holds no such version or alias
+    │   └── OvertakenError     another version went into production in the meantime
     ├── ServiceError           another service (Prefect, server, database) misbehaved
     └── ProblemError           (serving.problems) a request that is answered with a problem
 
@@ -60,6 +61,10 @@ class TrainingError(ModelError):
 
 class RegistryError(PerennialError):
     """The model registry is away, or holds no such version or alias."""
+
+
+class OvertakenError(RegistryError):
+    """Another version went into production in the meantime."""
 
 
 class ServiceError(PerennialError):

@@ -2,7 +2,7 @@
 
 import uuid
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 
 from sqlalchemy import Connection, Engine, insert, select, text, update
 
@@ -11,6 +11,8 @@ from forecasting.store import now, retrains
 
 COUNTED = ("running", "promoted", "refused", "unchanged")
 """States that start a cooldown; a failed or skipped retrain does not."""
+LOST_AFTER = timedelta(hours=3)
+"""A retrain that runs longer was killed: its steps have timeouts of an hour each."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ def claim(
     identity = str(uuid.uuid4())
     with engine.connect() as connection:
         _exclude_writers(connection)
+        _close_lost(connection, symbol)
         reason = _cooling(connection, symbol, as_of, flow_run_id, cooldown_days)
         connection.execute(
             insert(retrains).values(
@@ -77,6 +80,17 @@ def _exclude_writers(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
         connection.execute(text("LOCK TABLE retrains IN SHARE ROW EXCLUSIVE MODE"))
+
+
+def _close_lost(connection: Connection, symbol: str) -> None:
+    """A killed retrain cannot close its own line; it must not block the symbol."""
+    lost = (
+        retrains.c.symbol == symbol,
+        retrains.c.state == "running",
+        retrains.c.created_at < now() - LOST_AFTER,
+    )
+    reason = f"lost: it did not end within {LOST_AFTER}"
+    connection.execute(update(retrains).where(*lost).values(state="failed", reason=reason))
 
 
 def _cooling(

@@ -32,8 +32,9 @@ from forecasting.contract import (
     seal,
 )
 from forecasting.errors import ModelError, TrainingError
+from forecasting.hyperparameters import ModelConfig
 from forecasting.inference import Forecaster
-from forecasting.network import ModelConfig, Network, features
+from forecasting.network import Network, features
 from forecasting.windows import Splits, Windows, join
 
 __all__ = ["EpochScore", "Fitted", "ModelConfig", "export_onnx", "fit"]

@@ -14,13 +14,13 @@ graph, so that nothing is left to compute where it is served.
 """
 
 import math
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from forecasting.contract import QUANTILE_LEVELS
+from forecasting.hyperparameters import ModelConfig
 from forecasting.windows import Windows
 
 SPANS = (1, 5, 22)
@@ -32,31 +32,6 @@ TAIL_REACH = 0.25
 FEATURES = 11
 QUARTER = 365.25 / 4
 _PARKINSON = 1 / (4 * math.log(2))
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Hyperparameters of the network and of its training.
-
-    Attributes:
-        hidden: width of the LSTM.
-        layers: stacked LSTM layers.
-        dropout: share of the last hidden state dropped in training.
-        reach: largest correction, in log units, of a horizon's scale.
-        lr: learning rate of AdamW.
-        weight_decay: of AdamW.
-        batch_size: windows a step.
-        seed: of initial weights, order of windows and dropout.
-    """
-
-    hidden: int = 16
-    layers: int = 1
-    dropout: float = 0.1
-    reach: float = 0.4
-    lr: float = 3e-3
-    weight_decay: float = 1e-2
-    batch_size: int = 64
-    seed: int = 7
 
 
 class Volatility(nn.Module):

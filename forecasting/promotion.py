@@ -11,6 +11,7 @@ or puts the aliases back. Where no server answers a promotion stands as `moved`,
 under `home`, which the operating system releases when its holder dies.
 """
 
+import logging
 import tempfile
 import time
 import uuid
@@ -26,13 +27,23 @@ import msgspec
 from filelock import FileLock, Timeout
 from sqlalchemy import Engine, Row, insert, select, update
 
-from forecasting.errors import ContractError, PerennialError, RegistryError, ServiceError
+from forecasting.errors import (
+    ContractError,
+    OvertakenError,
+    PerennialError,
+    RegistryError,
+    ServiceError,
+)
 from forecasting.inference import Forecaster
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry
 from forecasting.settings import Settings
 from forecasting.store import now, promotions
 
+log = logging.getLogger(__name__)
+
 OPEN = ("intended", "moved")
+ANY = -1
+"""Of `judged_against`: no matter what is in production."""
 SILENT_SECONDS = 1.0
 """How long an address may refuse connections before it counts as no server."""
 _ASK_SECONDS, _POLL_SECONDS, _LOCK_SECONDS = 2.0, 0.1, 60.0
@@ -88,20 +99,32 @@ def promote(
     version: int,
     who: str,
     why: str,
+    judged_against: int | None = ANY,
 ) -> PromotionResult:
     """Put `version` into production and wait until the server serves it.
 
     What an earlier, killed promotion of the forecaster left behind is reconciled first. Promoting
     the version in production changes nothing and asks the server again.
 
+    Args:
+        judged_against: version in production (None: none) that `version` was found better than;
+            `ANY` promotes whatever holds production by now.
+
     Raises:
         RegistryError: no such version, or the registry is away.
+        OvertakenError: another version went into production since; nothing was moved.
         ServiceError: the server refused the version; the aliases are back where they were.
     """
     with _exclusive(settings, forecaster):
         _reconcile(settings, registry, engine, forecaster)
         registry.version(forecaster, version)
         aliases = registry.aliases(forecaster)
+        if judged_against not in (ANY, aliases.get(PRODUCTION)):
+            raise OvertakenError(
+                f"{forecaster} version {version} was judged against "
+                f"{_named(judged_against)}, but {_named(aliases.get(PRODUCTION))} is in "
+                "production by now. Train again to be judged against that one."
+            )
         if aliases.get(PRODUCTION) == version:
             answer = _wait_served(settings, forecaster, version)
             return PromotionResult(
@@ -157,6 +180,10 @@ def history(engine: Engine, forecaster: str) -> list[Promotion]:
     )
     with engine.connect() as connection:
         return [_as_line(row) for row in connection.execute(query)]
+
+
+def _named(version: int | None) -> str:
+    return f"version {version}" if version is not None else "no version"
 
 
 # steps ------------------------------------------------------------------------------------------
@@ -253,7 +280,11 @@ def _reconcile(
         answer = _ask(settings, forecaster, line.version)
         broken = answer.text if answer.kind == "refused" else ""
         if answer.kind in ("behind", "silent"):
-            broken = _broken(registry, line)
+            try:
+                broken = _broken(registry, line)
+            except RegistryError as error:  # stays open; it must not block a way out of it
+                log.warning("An interrupted promotion cannot be settled yet: %s", error)
+                continue
         if broken:
             _undo(registry, engine, line, f"reconciled: {broken}")
         else:

@@ -148,6 +148,7 @@ class Registry:
         history: Sequence[float],
         status: RunStatus = "FINISHED",
         metric: str = "validation_crps_bp",
+        tags: Mapping[str, str] | None = None,
     ) -> str:
         """Log one finished trial of a search as a nested run, in three calls; its run id.
 
@@ -155,7 +156,8 @@ class Registry:
             history: `metric` after each epoch, from epoch 1.
             status: `KILLED` for a trial that the scheduler stopped early.
         """
-        run_id = self.start_run(f"trial-{number:03d}", {"perennial.kind": "trial"}, parent_run_id)
+        kind = {"perennial.kind": "trial"}
+        run_id = self.start_run(f"trial-{number:03d}", {**kind, **(tags or {})}, parent_run_id)
         points = [(metric, value, step) for step, value in enumerate(history, start=1)]
         if history:
             points.append((f"best_{metric}", float(np.nanmin(history)), len(history)))
@@ -169,14 +171,9 @@ class Registry:
         self.finish(run_id, status)
         return run_id
 
-    def trial_logger(self, parent_run_id: str) -> Callable[..., str]:
-        """`log_trial` below one parent run, to be called as trials end."""
-        return partial(self.log_trial, parent_run_id)
-
-    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
-        """Keep a file as an artifact of a run, below `folder`."""
-        with self._talk(f"keep {path.name}"):
-            self._client.log_artifact(run_id, str(path), folder)
+    def trial_logger(self, parent_run_id: str, tags: Mapping[str, str]) -> Callable[..., str]:
+        """`log_trial` below one parent run, to be called as trials end; each gets the tags."""
+        return partial(self.log_trial, parent_run_id, tags=tags)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """Keep text as the artifact `name`."""
@@ -207,6 +204,11 @@ class Registry:
             return ""
         with self._talk("find the experiment"):
             return f"{self.shown}/#/experiments/{self._experiment}/runs/{run_id}"
+
+    def run_link(self, run_id: str) -> str:
+        """The run in Markdown, linked where it has an address."""
+        url = self.run_url(run_id)
+        return f"[MLflow run {run_id}]({url})" if url else f"MLflow run {run_id}"
 
     # versions -----------------------------------------------------------------------------------
 

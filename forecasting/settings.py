@@ -70,7 +70,9 @@ class Settings(BaseSettings):
         description="Days without trading that the calendar does not know (JSON list of dates).",
     )
     # data and model ---------------------------------------------------------------------------
-    context: int = Field(64, ge=32, description="Rows of history that the network sees.")
+    context: int = Field(
+        64, ge=32, le=512, description="Rows of history that the network sees (512 are published)."
+    )
     horizon: int = Field(5, ge=1, le=20, description="Trading days ahead that are forecast.")
     validation_days: int = Field(
         120, ge=20, description="Windows before the gate's, used to choose a candidate."

@@ -71,7 +71,7 @@ class ModelStore:
             return msgspec.json.decode(path.read_bytes(), type=Current)
         except FileNotFoundError:
             return None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ContractError(
                 f"{path} should hold {{'version': <number>}}: {error}. "
                 "The sync process writes it anew; or remove it."
@@ -99,7 +99,7 @@ class ModelStore:
         try:
             raw = (self._home(forecaster) / REFUSED_FILE).read_bytes()
             return msgspec.json.decode(raw, type=Refused)
-        except (FileNotFoundError, msgspec.DecodeError):
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             return None
 
     def model_fingerprint(self, forecaster: str) -> Fingerprint:

@@ -55,21 +55,25 @@ class AliasFollower:
         version served before stays.
 
         Raises:
-            RegistryError: the registry is away.
+            RegistryError: the registry is away, or does not give out the files of a version.
         """
-        installed = []
+        installed, failed = [], None
         for name, version in sorted(self._registry.production_versions().items()):
             if self._is_current(name, version) or self._was_refused(name, version):
                 self._store.forget_refusal(name, version, REFUSED_AGAIN_SECONDS)
                 continue
             try:
                 self._install(name, version)
+            except RegistryError as error:  # tried again soon; the other forecasters go on
+                failed = error
             except ContractError as error:
                 self._store.refuse(name, version, str(error))
                 log.warning("refused %s version %d: %s", name, version, error)
             else:
                 installed.append(f"{name}/{version}")
                 log.info("installed %s version %d", name, version)
+        if failed is not None:
+            raise failed
         return installed
 
     def _is_current(self, name: str, version: int) -> bool:
@@ -132,7 +136,7 @@ class PriceFollower:
                 self._store.put_snapshot(self._fetch(folder, symbol, raw))
             except FileNotFoundError:
                 continue  # nothing published yet, or being replaced
-            except ContractError as error:
+            except (ContractError, OSError) as error:  # the other symbols go on
                 self._say(symbol, str(error))
                 continue
             self._pointers[symbol] = raw
@@ -157,7 +161,7 @@ class PriceFollower:
         where = f"{folder}/{POINTER}"
         try:
             pointer = msgspec.json.decode(raw, type=Pointer)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise ContractError(
                 f'{where} should hold {{"file": ..., "sha256": ...}}: {error}. Ingest again.'
             ) from error
@@ -191,10 +195,11 @@ def follow(step: Callable[[], Any], what: str, seconds: float, stop: threading.E
     while not stop.is_set():
         try:
             step()
-        except (RegistryError, OSError) as error:
-            if str(error) != said:
+        except Exception as error:  # noqa: BLE001  (a store's own kind of error must not end it)
+            if repr(error) != said:
                 log.error("%s cannot be followed, what is there stays: %s", what, error)
-            wait, said = min(max(wait, seconds) * 2, max(LONGEST_WAIT_SECONDS, seconds)), str(error)
+            wait = min(max(wait, seconds) * 2, max(LONGEST_WAIT_SECONDS, seconds))
+            said = repr(error)
         else:
             if said:
                 log.info("%s can be followed again", what)

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from forecasting.predictions import Spool
 from forecasting.settings import Settings
@@ -40,8 +40,7 @@ class Worker:
             yield
         finally:
             self._follower.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._follower
+            await asyncio.gather(self._follower, return_exceptions=True)
             await asyncio.to_thread(self.spool.close)
 
     async def _follow(self) -> None:
@@ -54,8 +53,8 @@ class Worker:
     async def _refresh(self) -> None:
         try:
             before, after = await asyncio.to_thread(self.predictor.refresh)
-        except OSError as error:
-            log.error("The model store cannot be read: %s; what is served stays.", error)
+        except Exception as error:  # noqa: BLE001  (whatever it is, what is served stays)
+            log.error("The model store cannot be read: %r; what is served stays.", error)
             return
         if after is not before:
             self.telemetry.swapped(before, after)

@@ -12,6 +12,17 @@ import msgspec
 import forecasting
 import tasks
 
+FORECASTING = (
+    "contract",
+    "datasets",
+    "prices",
+    "windows",
+    "hyperparameters",
+    "network",
+    "model",
+    "metrics",
+)
+"""Modules of that package that windows, search and fit run."""
 PACKAGES = ("torch", "lightning", "ray", "optuna", "onnx", "numpy")
 """Packages whose version changes what a search or a fit finds."""
 
@@ -21,7 +32,7 @@ def code_fingerprint() -> str:
     """Hash of the sources that windows, search and fit run, and of the packages below them."""
     digest = hashlib.sha256()
     for module, names in (
-        (forecasting, ("contract", "datasets", "prices", "windows", "network", "model", "metrics")),
+        (forecasting, FORECASTING),
         (tasks, ("search", "training")),
     ):
         folder = Path(next(iter(module.__path__)))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
-from prefect import Task, task
+from prefect import Task, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -41,6 +41,7 @@ def ingest_prices(settings: Settings, symbols: Sequence[str], as_of: date) -> Da
     version = datasets.ingest(settings, symbols, as_of)
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         show_data(settings, version, symbols)
+        get_run_logger().info(headline(version))
     return version
 
 

@@ -53,9 +53,9 @@ def last_check(engine: Engine, symbol: str) -> date | None:
         return found.scalar_one_or_none()
 
 
-def last_known(settings: Settings, symbol: str, as_of: date) -> date:
+def last_known(settings: Settings, symbol: str, as_of: date, md5: str) -> date:
     """Session of the newest row that is known on `as_of`."""
-    newest: pd.Timestamp = datasets.load_frame(settings, symbol, as_of).index[-1]
+    newest: pd.Timestamp = datasets.load_frame(settings, symbol, as_of, md5).index[-1]
     return newest.date()
 
 
@@ -83,18 +83,18 @@ def check_days(since: date | None, as_of: date) -> list[date]:
 
 
 @task(name="join-actuals", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
-def join_actuals(settings: Settings, engine: Engine, symbol: str, as_of: date) -> int:
+def join_actuals(settings: Settings, engine: Engine, symbol: str, as_of: date, md5: str) -> int:
     """Fill in what came true for logged forecasts whose target day is known."""
-    frame = datasets.load_frame(settings, symbol, as_of)
+    frame = datasets.load_frame(settings, symbol, as_of, md5)
     return outcomes.join_actuals(engine, symbol, frame, as_of)
 
 
 @task(name="compare", cache_policy=NO_CACHE, timeout_seconds=300)
 def compare(
-    settings: Settings, contract: Contract, symbol: str, days: Sequence[date]
+    settings: Settings, contract: Contract, symbol: str, days: Sequence[date], md5: str
 ) -> tuple[list[DriftVerdict], str]:
     """Verdict of every check day, and the HTML report of the newest."""
-    table = drift.features(datasets.load_frame(settings, symbol, days[-1]))
+    table = drift.features(datasets.load_frame(settings, symbol, days[-1], md5))
     trained_on = datasets.load_frame(settings, symbol, contract.as_of, contract.dataset_md5)
     reference = drift.reference_rows(
         drift.features(trained_on), contract.train_start, contract.train_end, settings.drift_window
@@ -143,6 +143,7 @@ def report(
     engine: Engine,
     version: int,
     symbol: str,
+    md5: str,
     verdicts: Sequence[DriftVerdict],
     html: str,
 ) -> str:
@@ -150,7 +151,12 @@ def report(
     newest = verdicts[-1]
     run_id = registry.start_run(
         f"monitor {symbol} {newest.recent_end}",
-        {"symbol": symbol, "as_of": newest.recent_end.isoformat(), "version": str(version)},
+        {
+            "symbol": symbol,
+            "as_of": newest.recent_end.isoformat(),
+            "version": str(version),
+            "dataset_md5": md5,
+        },
     )
     metrics = [(f"drift_{each.feature}", each.score, 0) for each in newest.features]
     registry.log_metrics(run_id, [("drift_share", newest.share, 0), *metrics])
@@ -162,7 +168,15 @@ def report(
     registry.finish(run_id, "FINISHED")
     create_table_artifact(newest.table(), key="drift", description=newest.summary())
     create_markdown_artifact(
-        "\n".join([f"**{newest.summary()}**", "", *(f"- {v.summary()}" for v in verdicts[:-1])]),
+        "\n".join(
+            [
+                f"**{newest.summary()}**",
+                "",
+                *(f"- {v.summary()}" for v in verdicts[:-1]),
+                "",
+                registry.run_link(run_id),
+            ]
+        ),
         key="drift-verdict",
         description=f"Full report in MLflow run {run_id}",
     )

@@ -14,7 +14,7 @@ from prefect.transactions import Transaction, get_transaction, transaction
 from sqlalchemy import Engine
 
 from forecasting import promotion
-from forecasting.errors import RegistryError
+from forecasting.errors import OvertakenError, RegistryError
 from forecasting.promotion import PromotionResult
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
@@ -28,6 +28,7 @@ def promote_version(
     forecaster: str,
     version: int,
     why: str,
+    judged_against: int | None = promotion.ANY,
 ) -> PromotionResult:
     """Put a version into production, in one transaction with the record of it.
 
@@ -36,16 +37,18 @@ def promote_version(
 
     Raises:
         RegistryError: no such version, or the registry is away.
+        OvertakenError: another version than `judged_against` is in production by now.
         ServiceError: the server refused the version; the aliases are back where they were.
     """
     with transaction():
-        result = promote(settings, registry, engine, forecaster, version, why)
-        record(registry, engine, forecaster)
+        result = promote(settings, registry, engine, forecaster, version, why, judged_against)
+        record(registry, engine, result)
     return result
 
 
 def _registry_was_away(_task: Task[Any, Any], _run: TaskRun, state: State[Any]) -> bool:
-    return isinstance(state.result(raise_on_failure=False), RegistryError)
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, RegistryError) and not isinstance(error, OvertakenError)
 
 
 @task(
@@ -63,9 +66,12 @@ def promote(
     forecaster: str,
     version: int,
     why: str,
+    judged_against: int | None,
 ) -> PromotionResult:
     """Move the aliases and wait for the server's word."""
-    result = promotion.promote(settings, registry, engine, forecaster, version, who(), why)
+    result = promotion.promote(
+        settings, registry, engine, forecaster, version, who(), why, judged_against
+    )
     current = get_transaction()
     if current is not None:
         current.set("settings", settings)
@@ -86,21 +92,17 @@ def put_back(failed: Transaction) -> None:
 
 
 @task(name="record-promotion", cache_policy=NO_CACHE, timeout_seconds=120)
-def record(registry: Registry, engine: Engine, forecaster: str) -> None:
+def record(registry: Registry, engine: Engine, done: PromotionResult) -> None:
     """Show who promoted what, when and why: tags of the version, and a table in Prefect."""
-    lines = promotion.history(engine, forecaster)
-    if not lines:
-        return
-    newest = lines[0]
-    registry.tag_version(
-        forecaster,
-        newest.version,
-        {
-            "promoted_at": newest.created_at.isoformat(timespec="seconds"),
-            "promoted_by": newest.who,
-            "promoted_because": newest.why,
-        },
-    )
+    forecaster, lines = done.forecaster, promotion.history(engine, done.forecaster)
+    for line in lines:
+        if line.id == done.promotion:  # none where the version was in production already
+            tags = {
+                "promoted_at": line.created_at.isoformat(timespec="seconds"),
+                "promoted_by": line.who,
+                "promoted_because": line.why,
+            }
+            registry.tag_version(forecaster, line.version, tags)
     create_table_artifact(
         [_row(line) for line in lines[:50]],
         key="promotions-" + re.sub(r"[^a-z0-9]+", "-", forecaster.lower()).strip("-"),

@@ -29,8 +29,8 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from forecasting import model
-from forecasting.errors import ServiceError, TrainingError
-from forecasting.model import ModelConfig
+from forecasting.errors import ConfigError, ServiceError, TrainingError
+from forecasting.hyperparameters import ModelConfig
 from forecasting.settings import Settings
 from forecasting.windows import Splits
 
@@ -94,6 +94,7 @@ def run_search(
 
     Raises:
         TrainingError: every trial failed.
+        ConfigError: `ray_address` is of a Ray Client (ray://).
         ServiceError: the Ray cluster of `ray_address` cannot be reached.
     """
     listener = _Listener(settings, on_trial)
@@ -200,8 +201,12 @@ class _Listener(tune.Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
     ) -> None:
+        self._of(trials, trial)
+
+    def _of(self, trials: list[Trial], trial: Trial) -> _Heard:
+        """What is known of a trial; one whose worker never came up was never started either."""
         config = ModelConfig(**trial.config, seed=self.settings.seed)
-        self.heard.setdefault(trial.trial_id, _Heard(trials.index(trial), config, {}))
+        return self.heard.setdefault(trial.trial_id, _Heard(trials.index(trial), config, {}))
 
     def on_trial_result(
         self,
@@ -211,19 +216,19 @@ class _Listener(tune.Callback):
         result: dict[str, Any],
         **_: object,
     ) -> None:
-        self.heard[trial.trial_id].scores[int(result["epoch"])] = float(result[METRIC])
+        self._of(trials, trial).scores[int(result["epoch"])] = float(result[METRIC])
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
     ) -> None:
-        heard = self.heard[trial.trial_id]
+        heard = self._of(trials, trial)
         early = len(heard.scores) < self.settings.epochs
         self._end(heard, "KILLED" if early else "FINISHED")
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
     ) -> None:
-        heard = self.heard[trial.trial_id]
+        heard = self._of(trials, trial)
         heard.error = _last_line(trial.error_file)
         _log.warning("Trial %d failed with %s: %s", heard.number, heard.config, heard.error)
         self._end(heard, "FAILED")
@@ -355,6 +360,12 @@ def _start_ray(settings: Settings, folder: Path) -> None:
             **quiet,
         )
         return
+    if settings.ray_address.startswith("ray://"):
+        raise ConfigError(
+            f"PERENNIAL_RAY_ADDRESS or RAY_ADDRESS is {settings.ray_address}; host:port of the "
+            "cluster's head is expected, such as head.example:6379, from a machine of the cluster. "
+            "Ray Tune does not tell a Ray Client of its trials."
+        )
     try:
         _knock(settings.ray_address)
         ray.init(

@@ -8,31 +8,32 @@ import tempfile
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from prefect import task
+import numpy as np
+from numpy.typing import NDArray
+from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import TaskRunContext
 
 from forecasting import backtest, datasets
 from forecasting.contract import QUANTILE_LEVELS, Contract, seal
+from forecasting.errors import ModelError
 from forecasting.gate import GateVerdict
 from forecasting.gate import judge as judge_scores
+from forecasting.hyperparameters import ModelConfig
 from forecasting.inference import Forecaster
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
-from forecasting.windows import Splits, make_windows, split
-
-if TYPE_CHECKING:
-    from forecasting.model import ModelConfig
+from forecasting.windows import Splits, Windows, make_windows, split
 
 
 @dataclass(frozen=True)
 class Found:
     """What a search found: the best configuration, its leaderboard, and the run that logged it."""
 
-    config: "ModelConfig"
+    config: ModelConfig
     leaderboard: list[dict[str, Any]]
     run_id: str
 
@@ -65,14 +66,16 @@ def prepare_windows(settings: Settings, symbol: str, as_of: date, md5: str, key:
 
 
 @task(name="search", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)
-def search(settings: Settings, splits: Splits, parent_run: str, key: str) -> Found:
+def search(settings: Settings, splits: Splits, parent_run: str, md5: str, key: str) -> Found:
     """Search the hyperparameters with Ray Tune; every trial is a nested MLflow run."""
     from tasks.search import run_search
 
     registry = open_registry(settings)
-    run_id = registry.start_run("search", {"cache_key": key}, parent=parent_run)
+    run_id = registry.start_run("search", {"cache_key": key, "dataset_md5": md5}, parent=parent_run)
     try:
-        result = run_search(splits, settings, on_trial=registry.trial_logger(run_id))
+        result = run_search(
+            splits, settings, on_trial=registry.trial_logger(run_id, {"dataset_md5": md5})
+        )
     except BaseException:
         registry.finish(run_id, "FAILED")
         raise
@@ -81,7 +84,7 @@ def search(settings: Settings, splits: Splits, parent_run: str, key: str) -> Fou
 
 
 @task(name="fit", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)
-def fit(settings: Settings, splits: Splits, config: "ModelConfig", key: str) -> Candidate:
+def fit(settings: Settings, splits: Splits, config: ModelConfig, key: str) -> Candidate:
     """Fit the best configuration with Lightning and export it to ONNX."""
     from forecasting import model
 
@@ -145,14 +148,23 @@ def judge(
         champion = Forecaster.load(production, version=0)
         index = champion.contract.symbol_index(symbol)
         theirs = make_windows(frame, champion.contract.context, settings.horizon, index)
-        held = backtest.score_onnx(champion, theirs.at(gate.origins))
+        held = _scores(champion, theirs.at(gate.origins), "model in production")
     return judge_scores(
-        candidate=backtest.score_onnx(challenger, gate),
+        candidate=_scores(challenger, gate, "candidate"),
         random_walk=backtest.score_random_walk(frame, gate),
         production=held,
         tolerance=settings.gate_tolerance,
         min_windows=settings.gate_days,
     )
+
+
+def _scores(forecaster: Forecaster, windows: Windows, name: str) -> NDArray[np.float64]:
+    """CRPS of each window; no numbers where it does not answer, which the gate refuses."""
+    try:
+        return backtest.score_onnx(forecaster, windows)
+    except ModelError as error:
+        get_run_logger().warning("The %s cannot be scored: %s", name, error)
+        return np.full(windows.returns.shape, np.nan)
 
 
 def gate_scores(verdict: GateVerdict) -> dict[str, float]:
@@ -197,4 +209,8 @@ def show_verdict(
             if key not in ("gate_relative", "gate_upper95")
         ),
     ]
-    create_markdown_artifact("\n".join(lines), key="gate-verdict", description=verdict.summary())
+    create_markdown_artifact(
+        "\n".join([*lines, "", registry.run_link(run_id)]),
+        key="gate-verdict",
+        description=verdict.summary(),
+    )

@@ -47,13 +47,13 @@ class Up:
         return found[0]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
     """Where everything is; `up` starts it."""
     return Stack(tmp_path_factory.mktemp("stack"), Ports.free(), extra=QUICK)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def up(stack: Stack) -> Iterator[Up]:
     log = stack.home / "up.log"
     ports = {
@@ -90,7 +90,7 @@ def up(stack: Stack) -> Iterator[Up]:
             started.wait(60)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def settings(stack: Stack) -> Settings:
     """What the stack's own processes are told."""
     return load_settings(
@@ -98,7 +98,7 @@ def settings(stack: Stack) -> Settings:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api(stack: Stack) -> Iterator[PrefectApi]:
     with PrefectApi(stack.prefect_url) as client:
         yield client

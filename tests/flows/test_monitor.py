@@ -17,7 +17,7 @@ from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilt
 from flows.monitor import MonitorResult, monitor
 from forecasting import datasets, events, outcomes
 from forecasting.drift import FEATURES
-from forecasting.errors import RegistryError
+from forecasting.errors import HistoryError, RegistryError
 from forecasting.events import DriftDetected
 from forecasting.predictions import Spool
 from forecasting.registry import PRODUCTION, open_registry
@@ -251,6 +251,12 @@ def test_forecasts_are_joined_with_what_came_and_reported(settings):
     assert metrics["forecast_mae"] == pytest.approx(
         (scored["median"] - scored["actual"]).abs().mean()
     )
+
+
+def test_a_day_before_what_production_knows_is_refused(settings):
+    with pytest.raises(HistoryError, match="trained as of 2006-12-29 and knows what came after"):
+        monitor(symbol="GOOG", as_of=date(2006, 12, 28))
+    assert rows_of(settings, checks) == rows_of(settings, outbox) == []
 
 
 def test_without_anything_in_production_it_says_what_to_run(tmp_path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import sqlite3
 import threading
 from contextlib import closing
@@ -146,7 +147,27 @@ def test_a_registry_that_is_away_is_an_error_and_the_store_keeps_what_it_has(
     assert current(store) == version
 
 
-def test_following_goes_on_after_errors(caplog):
+def test_a_version_whose_files_are_gone_holds_up_no_other_forecaster(tmp_path, registry, store):
+    register(registry, tmp_path, 1.0)
+    gone = set((tmp_path / "mlflow").rglob(MODEL_FILE))
+    run = registry.start_run("test", {})
+    write_model_folder(tmp_path / "other", forecaster="perennial-zzz", run_id=run)
+    version = registry.register(tmp_path / "other", "perennial-zzz", run)
+    registry.set_alias("perennial-zzz", PRODUCTION, version)
+    for path in gone:
+        shutil.rmtree(path.parent)
+    with pytest.raises(RegistryError, match=f"download {FORECASTER}"):
+        AliasFollower(registry, store).step()
+    assert store.current("perennial-zzz").version == version
+    assert store.refused(FORECASTER) is None, "it is tried again at once"
+
+
+class CloudError(Exception):
+    """As the clients of object stores raise them: not an OSError."""
+
+
+@pytest.mark.parametrize("kind", [RegistryError, OSError, CloudError, UnicodeError])
+def test_following_goes_on_after_errors(caplog, kind):
     stop, calls = threading.Event(), []
 
     def step() -> None:
@@ -154,7 +175,7 @@ def test_following_goes_on_after_errors(caplog):
         if len(calls) == 4:
             stop.set()
         if len(calls) < 3:
-            raise RegistryError("the registry is away")
+            raise kind("the registry is away")
 
     follow(step, "the registry", 0.01, stop)
     said = [record.getMessage() for record in caplog.records]
@@ -192,7 +213,7 @@ def test_published_prices_reach_the_store_from_any_file_system(tmp_path, store, 
     assert store.snapshot("GOOG") == newer
 
 
-@pytest.mark.parametrize("fault", ["hash", "symbol", "pointer", "escape"])
+@pytest.mark.parametrize("fault", ["hash", "symbol", "pointer", "bytes", "escape", "folder"])
 def test_bad_published_prices_leave_the_last_good_ones(tmp_path, store, caplog, fault):
     url = str(tmp_path / "published")
     good = make_snapshot("GOOG", close=100.0)
@@ -204,13 +225,20 @@ def test_bad_published_prices_leave_the_last_good_ones(tmp_path, store, caplog, 
         publish(url, bad, sha256="0" * 64)
     elif fault == "symbol":
         publish(url, make_snapshot("AAPL", date(2008, 1, 3)), folder="GOOG")
+    elif fault == "folder":
+        pointer = tmp_path / "published/GOOG/latest.json"
+        pointer.unlink()
+        pointer.mkdir()
     else:
-        content = "{" if fault == "pointer" else '{"file": "../../x", "sha256": ""}'
-        (tmp_path / "published/GOOG/latest.json").write_text(content)
+        contents = {"pointer": b"{", "escape": b'{"file": "../../x", "sha256": ""}'}
+        content = contents.get(fault, b'{"file": "\xff.json", "sha256": "a"}')
+        (tmp_path / "published/GOOG/latest.json").write_bytes(content)
     assert follower.step() == []
     assert follower.step() == []
     assert store.snapshot("GOOG") == good
     assert len(caplog.records) == 1, "said once"
+    if fault == "folder":
+        pointer.rmdir()
     publish(url, bad)
     assert follower.step() == ["GOOG"]
 

@@ -26,6 +26,15 @@ DECISIVE = [
 """What reads and adjusts prices, cuts windows, searches, fits and exports."""
 
 
+def test_results_of_cached_steps_are_read_back_without_torch():
+    modules = "import sys, flows.train, forecasting.hyperparameters"
+    code = f"{modules}; print({{'torch', 'ray', 'lightning'}} & sys.modules.keys())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.strip() == "set()"
+
+
 def test_a_key_is_the_same_for_the_same_step_data_and_parameters():
     key = cache_key("fit", "a" * 32, PARAMETERS)
     assert key == cache_key("fit", "a" * 32, dict(reversed(PARAMETERS.items())))

@@ -1,15 +1,15 @@
 """The retrain ledger: cooldown between two retrains, and requests that come at once."""
 
 from concurrent.futures import ThreadPoolExecutor
-from datetime import date
+from datetime import date, timedelta
 from threading import Barrier
 
 import pytest
-from sqlalchemy import Engine, select
+from sqlalchemy import Engine, select, update
 
 from forecasting import ledger
 from forecasting.ledger import Entry
-from forecasting.store import open_engine, retrains
+from forecasting.store import now, open_engine, retrains
 from tests.postgres import postgres_schema
 
 DAY = date(2008, 10, 10)  # a Friday
@@ -70,6 +70,21 @@ def test_the_cooldown_holds_for_an_earlier_day_too(engine):
 def test_states_that_start_a_cooldown(engine, state):
     ledger.close(engine, claim(engine).id, state, "")
     assert claim(engine, run="next").skipped
+
+
+def test_a_killed_retrain_does_not_block_its_symbol_for_ever(engine):
+    lost, other = claim(engine).id, claim(engine, symbol="IBM").id
+    long_ago = now() - ledger.LOST_AFTER - timedelta(minutes=1)
+    with engine.begin() as connection:
+        connection.execute(update(retrains).values(created_at=long_ago))
+    assert not claim(engine, run="next").skipped
+    with engine.connect() as connection:
+        rows = {row.id: row for row in connection.execute(select(retrains))}
+    assert (rows[lost].state, rows[lost].reason) == (
+        "failed",
+        "lost: it did not end within 3:00:00",
+    )
+    assert rows[other].state == "running"
 
 
 def test_a_failed_retrain_starts_no_cooldown(engine):

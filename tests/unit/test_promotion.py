@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import Engine, create_engine, text
 
 from forecasting import promotion
-from forecasting.errors import RegistryError, ServiceError
+from forecasting.errors import OvertakenError, RegistryError, ServiceError
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import open_engine
@@ -155,6 +155,36 @@ def test_promoting_what_is_in_production_writes_nothing(
     assert (again.version, again.confirmed, again.promotion) == (2, True, "")
     assert registry.aliases(NAME) == {PRODUCTION: 2}
     assert len(promotion.history(engine, NAME)) == 1
+
+
+def test_a_version_judged_against_another_one_is_not_promoted(
+    settings: Settings, registry: Registry, engine: Engine
+) -> None:
+    promote(settings, registry, engine, 1)
+
+    def judged(version: int, against: int | None) -> promotion.PromotionResult:
+        why = ("me", "better")
+        return promotion.promote(settings, registry, engine, NAME, version, *why, against)
+
+    with pytest.raises(OvertakenError, match="against no version, but version 1 is in production"):
+        judged(2, None)
+    assert judged(2, 1).version == 2
+    with pytest.raises(OvertakenError, match="against version 1, but version 2 is in production"):
+        judged(3, 1)
+    assert registry.aliases(NAME) == {PRODUCTION: 2, PREVIOUS: 1}
+    assert [version for version, _ in states(engine)] == [1, 2]
+
+
+def test_an_open_line_that_cannot_be_settled_does_not_block_another_promotion(
+    settings: Settings, registry: Registry, engine: Engine
+) -> None:
+    promote(settings, registry, engine, 3)  # no server: the line stays `moved`
+    assert registry.artifacts is not None
+    shutil.move(registry.artifacts, registry.artifacts.with_name("elsewhere"))
+    (line,) = promotion.reconcile(settings, registry, engine, NAME)
+    assert line.state == "moved"
+    assert promote(settings, registry, engine, 1).previous == 3
+    assert registry.aliases(NAME) == {PRODUCTION: 1, PREVIOUS: 3}
 
 
 def test_a_version_that_does_not_exist_moves_nothing(

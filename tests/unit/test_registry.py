@@ -51,13 +51,11 @@ def read(registry: Registry) -> MlflowClient:
     return MlflowClient(registry.uri, registry.uri)
 
 
-def test_runs_keep_what_is_logged(registry: Registry, tmp_path: Path) -> None:
+def test_runs_keep_what_is_logged(registry: Registry) -> None:
     run_id = registry.start_run("GOOG 2007-01-03", {"symbol": "GOOG"})
     registry.log_params(run_id, {f"p{i}": i for i in range(150)})
     registry.log_metrics(run_id, [("loss", float(i), i) for i in range(1500)] + [("last", 3.0, 0)])
     registry.set_tags(run_id, {"outcome": "refused"})
-    (tmp_path / "note.txt").write_text("kept")
-    registry.log_file(run_id, tmp_path / "note.txt", "files")
     registry.log_text(run_id, "<p>", "report.html")
     registry.log_dict(run_id, {"a": 1}, "verdict.json")
     registry.finish(run_id, "FAILED")
@@ -72,14 +70,15 @@ def test_runs_keep_what_is_logged(registry: Registry, tmp_path: Path) -> None:
     assert (found.run_id, found.metrics["last"]) == (run_id, 3.0)
     assert registry.find_run({"symbol": "NONE"}) is None
     kept = {each.path for each in read(registry).list_artifacts(run_id)}
-    assert kept == {"files", "report.html", "verdict.json"}
+    assert kept == {"report.html", "verdict.json"}
 
 
 def test_a_trial_is_a_nested_run(registry: Registry) -> None:
     parent = registry.start_run("search", {})
-    log = registry.trial_logger(parent)
+    log = registry.trial_logger(parent, {"dataset_md5": "d" * 32})
     run = read(registry).get_run(log(3, {"hidden": 32}, [90.0, 80.5, 81.0], "KILLED"))
     assert run.data.tags["mlflow.parentRunId"] == parent
+    assert run.data.tags["dataset_md5"] == "d" * 32
     assert (run.info.run_name, run.info.status) == ("trial-003", "KILLED")
     assert run.data.params == {"hidden": "32"}
     assert run.data.metrics == {"validation_crps_bp": 81.0, "best_validation_crps_bp": 80.5}

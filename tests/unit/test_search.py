@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -10,12 +12,14 @@ import psutil
 import pytest
 import ray
 
-from forecasting.errors import RegistryError, ServiceError, TrainingError
-from forecasting.model import ModelConfig
+from forecasting.errors import ConfigError, RegistryError, ServiceError, TrainingError
+from forecasting.hyperparameters import ModelConfig
 from forecasting.settings import Settings, load_settings
 from forecasting.windows import Splits, make_windows, split
-from tasks.search import METRIC, SearchResult, run_search
+from tasks.search import METRIC, SearchResult, _sweep, run_search
 from tests.market import market
+from tests.services import free_port
+from tests.serving.running import until
 
 
 def _settings(home: Path, **changes: object) -> Settings:
@@ -29,7 +33,7 @@ def splits() -> Splits:
 
 def _ray_left_over() -> list[str]:
     names = [child.name() for child in psutil.Process().children(recursive=True)]
-    scratch = [str(path) for path in Path("/dev/shm").glob("search-*")]
+    scratch = [str(path) for path in Path("/dev/shm").glob(f"perennial-search-{os.getpid()}-*")]
     return [name for name in names if "ray" in name or "gcs" in name] + scratch
 
 
@@ -89,6 +93,53 @@ def test_what_the_caller_raises_ends_the_search(splits, tmp_path):
     with pytest.raises(RegistryError, match="disk is full"):
         run_search(splits, _settings(tmp_path), on_trial=full_disk)
     assert _ray_left_over() == []
+
+
+def test_a_client_address_is_refused_with_what_to_write(splits, tmp_path):
+    with pytest.raises(ConfigError, match=r"ray://head:10001; host:port .* is expected"):
+        run_search(splits, _settings(tmp_path, ray_address="ray://head:10001"))
+
+
+@pytest.mark.slow
+def test_a_cluster_is_used_and_left_running(splits, tmp_path):
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    port = free_port()
+    home = os.environ | {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    options = [f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    start = [ray_command, "start", "--head", "--block", *options]
+    with (tmp_path / "log").open("wb") as log:
+        head = subprocess.Popen(start, env=home, stdout=log, stderr=log, start_new_session=True)
+    try:
+        until(lambda: "Ray runtime started" in (tmp_path / "log").read_text(), "the cluster")
+        told: list[int] = []
+        result = run_search(
+            splits,
+            _settings(tmp_path, ray_address=f"127.0.0.1:{port}", epochs=2),
+            on_trial=lambda number, *_: told.append(number),
+        )
+        assert sorted(told) == [row["trial"] for row in sorted(result.leaderboard, key=_number)]
+        assert not ray.is_initialized()
+        assert head.poll() is None
+    finally:
+        os.killpg(head.pid, signal.SIGTERM)
+        head.wait(30)
+
+
+def _number(row: dict[str, object]) -> object:
+    return row["trial"]
+
+
+def test_memory_of_a_killed_search_is_given_back(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    lost = tmp_path / f"perennial-search-{ended.pid}-abc"
+    mine = tmp_path / f"perennial-search-{os.getpid()}-abc"
+    for folder in (lost, mine, tmp_path / "perennial-search-notes"):
+        folder.mkdir()
+    _sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [mine.name, "perennial-search-notes"]
+    )
 
 
 def test_a_cluster_that_is_away_is_named(splits, tmp_path):
