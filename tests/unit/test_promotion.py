@@ -179,8 +179,7 @@ def test_an_open_line_that_cannot_be_settled_does_not_block_another_promotion(
     settings: Settings, registry: Registry, engine: Engine
 ) -> None:
     promote(settings, registry, engine, 3)  # no server: the line stays `moved`
-    assert registry.artifacts is not None
-    shutil.move(registry.artifacts, registry.artifacts.with_name("elsewhere"))
+    store_at(registry, "gone://nowhere")
     (line,) = promotion.reconcile(settings, registry, engine, NAME)
     assert line.state == "moved"
     assert promote(settings, registry, engine, 1).previous == 3
@@ -352,11 +351,15 @@ def damage(registry: Registry) -> None:
     folder = registry.artifacts.parent / "damaged"
     registry.download(NAME, 3, folder)
     (folder / "model.onnx").write_bytes(b"damaged")
+    store_at(registry, folder.as_uri())
+
+
+def store_at(registry: Registry, address: str) -> None:
+    """Say that the files of version 3 lie elsewhere."""
     database = create_engine(registry.uri)
     with database.begin() as connection:
         connection.execute(
-            text("UPDATE model_versions SET storage_location=:at WHERE version=3"),
-            {"at": folder.as_uri()},
+            text("UPDATE model_versions SET storage_location=:at WHERE version=3"), {"at": address}
         )
     database.dispose()
 
