@@ -17,7 +17,7 @@ from forecasting.settings import Settings, load_settings
 from tests.serving.running import until
 
 QUICK = {
-    "PERENNIAL_TRIALS": "4",
+    "PERENNIAL_TRIALS": "2",
     "PERENNIAL_EPOCHS": "4",
     "PERENNIAL_FIT_EPOCHS": "10",
     "PERENNIAL_POLL_SECONDS": "0.2",

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 
@@ -19,7 +18,7 @@ from tests.flows.support import all_runs, client_of, configured, rows_of, task_s
 
 NAME = "perennial-goog"
 DAY = date(2006, 12, 29)
-EVENT = str(uuid4())
+EVENT = "0f0f9a6a-5a55-4b5b-8c5e-3d4a6f7b8c9d"
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
