@@ -198,7 +198,8 @@ class Demo:
 
 def main() -> int:
     """Run the demonstration; exit code 0 only if all of it happened."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
+        signal.signal(number, _interrupt)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     root = Path(".perennial").resolve()
     home = root / "demo"

@@ -367,7 +367,8 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def main() -> int:
     """Run the stack until Ctrl-C; exit code 2 on a problem that the user can mend."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
+        signal.signal(number, _interrupt)
     up = False
     try:
         settings = load_settings()
