@@ -96,10 +96,11 @@ class Payload:
 
     @property
     def file_name(self) -> str:
-        """A name under which `to_bytes` can be kept."""
-        if isinstance(self.content, pd.DataFrame):
+        """A name under which `to_bytes` can be kept; `content` is unpacked already."""
+        name = PurePosixPath(urlsplit(self.address).path).name
+        if isinstance(self.content, pd.DataFrame) or not name:
             return f"{self.symbol}.csv"
-        return PurePosixPath(urlsplit(self.address).path).name or f"{self.symbol}.csv"
+        return PurePosixPath(name).stem if infer_compression(name) else name
 
     def to_bytes(self) -> bytes:
         """The content as bytes (a table as CSV)."""

@@ -228,7 +228,9 @@ def test_parquet_with_columns_or_an_index_of_dates(tmp_path):
 
 def test_compressed_files_and_placeholders(tmp_path):
     series.table(5).to_csv(tmp_path / "TEST.csv.gz", index=False)
-    raw = fetch(from_file(tmp_path, f"file://{tmp_path}/{{symbol}}.csv.gz"), "TEST", LAST)
+    settings = from_file(tmp_path, f"file://{tmp_path}/{{symbol}}.csv.gz")
+    assert download(settings, "TEST").file_name == "TEST.csv", "it is kept unpacked"
+    raw = fetch(settings, "TEST", LAST)
     assert len(raw.rows) == 5
 
 
