@@ -4,6 +4,7 @@ The tests are steps of one story and run in the order in which they stand.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -179,6 +180,7 @@ def readme_commands() -> list[str]:
     return [block for block in blocks if "curl" in block]
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed here")
 def test_the_readmes_curl_examples_work_as_printed(stack: Stack) -> None:
     for command in readme_commands():
         here = command.replace("http://127.0.0.1:8200", stack.server_url)
