@@ -198,7 +198,7 @@ class Demo:
 
 def main() -> int:
     """Run the demonstration; exit code 0 only if all of it happened."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # also where a shell ignores it
         signal.signal(number, _interrupt)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     root = Path(".perennial").resolve()
@@ -232,7 +232,8 @@ def main() -> int:
         console.print("interrupted")
         return 130
     finally:
-        console.print("stopping ...")
+        with suppress(OSError):  # the terminal may be closed
+            console.print("stopping ...")
         stack.stop()
     return 0
 

@@ -367,7 +367,7 @@ def _interrupt(_signal: int, _frame: object) -> None:
 
 def main() -> int:
     """Run the stack until Ctrl-C; exit code 2 on a problem that the user can mend."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's background job ignores SIGINT
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # also where a shell ignores it
         signal.signal(number, _interrupt)
     up = False
     try:
