@@ -119,16 +119,16 @@ def promote(
         _reconcile(settings, registry, engine, forecaster)
         registry.version(forecaster, version)
         aliases = registry.aliases(forecaster)
+        if aliases.get(PRODUCTION) == version:
+            answer = _wait_served(settings, forecaster, version)
+            return PromotionResult(
+                forecaster, version, aliases.get(PREVIOUS), answer.text, answer.kind == "serves"
+            )
         if judged_against not in (ANY, aliases.get(PRODUCTION)):
             raise OvertakenError(
                 f"{forecaster} version {version} was judged against "
                 f"{_named(judged_against)}, but {_named(aliases.get(PRODUCTION))} is in "
                 "production by now. Train again to be judged against that one."
-            )
-        if aliases.get(PRODUCTION) == version:
-            answer = _wait_served(settings, forecaster, version)
-            return PromotionResult(
-                forecaster, version, aliases.get(PREVIOUS), answer.text, answer.kind == "serves"
             )
         line = _intend(engine, forecaster, version, aliases, who, why)
         try:

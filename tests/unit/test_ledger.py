@@ -9,24 +9,10 @@ from sqlalchemy import Engine, select, update
 
 from forecasting import ledger
 from forecasting.ledger import Entry
-from forecasting.store import now, open_engine, retrains
-from tests.postgres import postgres_schema
+from forecasting.store import now, retrains
 
 DAY = date(2008, 10, 10)  # a Friday
 AT_ONCE = 8
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request, tmp_path):
-    if request.param == "sqlite":
-        opened = open_engine(f"sqlite:///{tmp_path / 'ledger.db'}")
-        yield opened
-        opened.dispose()
-        return
-    with postgres_schema() as url:
-        opened = open_engine(url)
-        yield opened
-        opened.dispose()
 
 
 def claim(engine: Engine, as_of: date = DAY, run: str = "run", **changes: object) -> Entry:

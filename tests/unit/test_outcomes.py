@@ -18,19 +18,6 @@ from tests.postgres import postgres_schema
 from tests.predictions import make_prediction
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request, tmp_path):
-    if request.param == "sqlite":
-        opened = open_engine(f"sqlite:///{tmp_path / 'log.db'}")
-        yield opened
-        opened.dispose()
-        return
-    with postgres_schema() as url:
-        opened = open_engine(url)
-        yield opened
-        opened.dispose()
-
-
 def spooled(folder: Path, *records: Prediction) -> None:
     spool = Spool(folder, "web")
     for record in records:

@@ -169,6 +169,7 @@ def test_a_version_judged_against_another_one_is_not_promoted(
     with pytest.raises(OvertakenError, match="against no version, but version 1 is in production"):
         judged(2, None)
     assert judged(2, 1).version == 2
+    assert judged(2, 1).promotion == "", "tried again after it was done: it stands"
     with pytest.raises(OvertakenError, match="against version 1, but version 2 is in production"):
         judged(3, 1)
     assert registry.aliases(NAME) == {PRODUCTION: 2, PREVIOUS: 1}
