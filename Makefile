@@ -57,6 +57,10 @@ test-all: lint ## make test and the slow tests
 bench-loop: $(STAMP) ## measure the loop; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.loop
 
+.PHONY: bench-serving
+bench-serving: $(STAMP) ## measure serving beside its peers; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.serving
+
 .PHONY: format
 format: $(STAMP) ## format and fix imports
 	$(BIN)/ruff check --fix .

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
@@ -73,6 +73,7 @@ _FILES = ("rows", "factors")
 _BRANCH = Ref(b"refs/heads/main")
 _WHO = b"perennial <perennial@localhost>"
 _LOCK_SECONDS = 300
+_NAMED_SYMBOLS = 20
 _MD5 = re.compile(rb"md5: ([0-9a-f]{32})\.dir\b")
 _HEX = re.compile(r"([0-9a-f]{32})(?:\.dir)?")
 _DAMAGE = (
@@ -309,8 +310,10 @@ def load_frame(settings: Settings, symbol: str, as_of: date, md5: str | None = N
 def _read_raw(settings: Settings, tree: dict[str, str], symbol: str) -> RawPrices:
     if f"{symbol}/rows.parquet" not in tree:
         known = sorted({name.split("/")[0] for name in tree})
+        more = f" and {len(known) - _NAMED_SYMBOLS} more" if len(known) > _NAMED_SYMBOLS else ""
         raise DatasetError(
-            f"The dataset has no symbol {symbol!r}; it has {', '.join(known)}. Ingest it first."
+            f"The dataset has no symbol {symbol!r}; it has {', '.join(known[:_NAMED_SYMBOLS])}"
+            f"{more}. Ingest it first."
         )
     tables = []
     for kind in _FILES:
@@ -345,6 +348,29 @@ def publish(
     return _publish(settings, version, symbol, as_of, frame, rows)
 
 
+def snapshots(
+    settings: Settings, version: DatasetVersion, as_of: date
+) -> Callable[[str], Snapshot]:
+    """What `publish` publishes as of `as_of`, symbol by symbol; the version is opened once.
+
+    Returns:
+        A function from symbol to snapshot. It raises DatasetError where the version lacks the
+        symbol, HistoryError where nothing of it was known by `as_of`.
+
+    Raises:
+        DatasetError: the version's bytes are neither here nor at the remote.
+        HistoryError: `as_of` lies in the future.
+    """
+    check_as_of(as_of)
+    tree = _tree(settings, version.md5)
+
+    def read(symbol: str) -> Snapshot:
+        frame = adjusted(_read_raw(settings, tree, symbol), as_of)
+        return _snapshot(version, symbol, as_of, frame, SNAPSHOT_ROWS)
+
+    return read
+
+
 def _publish_newer(
     settings: Settings, version: DatasetVersion, symbol: str, as_of: date, frame: Frame
 ) -> None:
@@ -373,17 +399,7 @@ def _publish(
     frame: Frame,
     rows: int = SNAPSHOT_ROWS,
 ) -> str:
-    latest = frame.iloc[-rows:]
-    snapshot = encode(
-        Snapshot(
-            symbol=symbol,
-            as_of=as_of,
-            dataset_md5=version.md5,
-            dataset_rev=version.rev,
-            dates=[day.date() for day in latest.index],
-            ohlcv=list(latest[list(COLUMNS)].itertuples(index=False, name=None)),
-        )
-    )
+    snapshot = encode(_snapshot(version, symbol, as_of, frame, rows))
     name = f"{version.md5}-{as_of}.json"
     pointer = msgspec.json.encode({"file": name, "sha256": hashlib.sha256(snapshot).hexdigest()})
     try:
@@ -399,6 +415,20 @@ def _publish(
             f"Check PERENNIAL_PUBLISHED_URL; version {version.md5} is committed."
         ) from error
     return f"{settings.published.rstrip('/')}/{symbol}/{name}"
+
+
+def _snapshot(
+    version: DatasetVersion, symbol: str, as_of: date, frame: Frame, rows: int
+) -> Snapshot:
+    latest = frame.iloc[-rows:]
+    return Snapshot(
+        symbol=symbol,
+        as_of=as_of,
+        dataset_md5=version.md5,
+        dataset_rev=version.rev,
+        dates=[day.date() for day in latest.index],
+        ohlcv=list(latest[list(COLUMNS)].itertuples(index=False, name=None)),
+    )
 
 
 def _write(fs: Any, path: str, content: bytes) -> None:  # noqa: ANN401  (fsspec is untyped)

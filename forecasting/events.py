@@ -1,17 +1,35 @@
 """Typed, versioned events, and the outbox that keeps each until its delivery is confirmed.
 
-Nothing here knows Prefect: a task posts what `pending` returns and calls `mark` afterwards.
+Nothing here imports Prefect: whoever delivers hands in how to POST to its API. Flows do it through
+Prefect's client, `serving drain` through plain HTTP.
 """
 
+import time
 import uuid
-from collections.abc import Sequence
-from datetime import UTC, date, datetime
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal
 
+import httpx
 import msgspec
-from sqlalchemy import Engine, insert, select, update
+from filelock import FileLock, Timeout
+from sqlalchemy import Engine, func, insert, select, text, update
+from sqlalchemy.exc import IntegrityError
 
+from forecasting.errors import ServiceError
 from forecasting.store import now, outbox
+
+CONFIRM_SECONDS = 20
+"""How long an event may take until Prefect lists it; it stores them in batches."""
+MOST_AT_ONCE = 50
+"""Prefect lists no more events in one answer, and refuses to be asked for more."""
+LOCK_SECONDS = 120
+_LOCK_KEY = 0x7065726E  # of PostgreSQL's advisory lock: "pern"
+
+Path = Literal["/events", "/events/filter"]
+Post = Callable[[Path, object], httpx.Response]
+"""POSTs JSON to a path of Prefect's API; the answer, whatever its status."""
 
 
 class DriftDetected(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +53,23 @@ class DriftDetected(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.symbol.{self.symbol}"
 
 
+class ModelRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """The server did not let a version in; what it served before stays."""
+
+    schema: Literal[1] = 1
+    forecaster: str
+    version: int
+    reason: str
+    where: Literal["sync", "web"]
+
+    name = "perennial.model.refused"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.forecaster.{self.forecaster}"
+
+
 class Outgoing(msgspec.Struct, frozen=True):
     """One event of the outbox, ready to be posted."""
 
@@ -45,9 +80,22 @@ class Outgoing(msgspec.Struct, frozen=True):
     occurred_at: datetime
 
 
-def put(engine: Engine, event: DriftDetected) -> uuid.UUID:
+def put(engine: Engine, event: DriftDetected | ModelRefused) -> uuid.UUID:
     """Write an event into the outbox; its id."""
     identity = uuid.uuid4()
+    _put(engine, identity, event)
+    return identity
+
+
+def put_once(engine: Engine, event: DriftDetected | ModelRefused) -> uuid.UUID:
+    """Write an event into the outbox unless one with the same content was written; its id."""
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, msgspec.json.encode(event).decode())
+    with suppress(IntegrityError):
+        _put(engine, identity, event)
+    return identity
+
+
+def _put(engine: Engine, identity: uuid.UUID, event: DriftDetected | ModelRefused) -> None:
     with engine.begin() as connection:
         connection.execute(
             insert(outbox).values(
@@ -58,7 +106,6 @@ def put(engine: Engine, event: DriftDetected) -> uuid.UUID:
                 occurred_at=now(),
             )
         )
-    return identity
 
 
 def pending(engine: Engine) -> list[Outgoing]:
@@ -87,6 +134,104 @@ def mark(engine: Engine, ids: Sequence[uuid.UUID], *, delivered: bool) -> None:
         connection.execute(
             update(outbox).where(outbox.c.id.in_([str(each) for each in ids])).values(values)
         )
+
+
+def deliver(engine: Engine, post: Post) -> int:
+    """Post every undelivered event and read each back; how many were delivered.
+
+    One delivery at a time, whoever does it: an event that is posted twice could start two runs.
+
+    Raises:
+        ServiceError: an event was accepted but cannot be read back, or another delivery hangs.
+        httpx.HTTPError: the API is away or refuses. Either way the events stay in the outbox.
+    """
+    if not pending(engine):
+        return 0
+    with _exclusive(engine):
+        waiting = pending(engine)
+        for first in range(0, len(waiting), MOST_AT_ONCE):
+            _deliver(engine, post, waiting[first : first + MOST_AT_ONCE])
+    return len(waiting)
+
+
+def body(outgoing: Sequence[Outgoing]) -> list[dict[str, object]]:
+    """Events as Prefect's `POST /events` takes them."""
+    return [
+        {
+            "id": str(each.id),
+            "occurred": each.occurred_at.isoformat(),
+            "event": each.name,
+            "resource": {"prefect.resource.id": each.resource},
+            "related": [],
+            "payload": each.payload,
+        }
+        for each in outgoing
+    ]
+
+
+def _deliver(engine: Engine, post: Post, outgoing: Sequence[Outgoing]) -> None:
+    """Post those that the server does not list yet, wait until it lists all, and note it."""
+    arrived = False
+    try:
+        known = _arrived(post, outgoing)
+        missing = [each for each in outgoing if each.id not in known]
+        if missing:
+            post("/events", body(missing)).raise_for_status()
+        arrived = _await_arrival(post, outgoing)
+    finally:
+        mark(engine, [each.id for each in outgoing], delivered=arrived)
+    if not arrived:
+        raise ServiceError(
+            f"Prefect accepted the events {', '.join(str(each.id) for each in outgoing)} but does "
+            f"not list them after {CONFIRM_SECONDS} s. They stay in the outbox and are sent again."
+        )
+
+
+def _arrived(post: Post, outgoing: Sequence[Outgoing]) -> set[uuid.UUID]:
+    """Ids of those events that the server lists."""
+    occurred = [each.occurred_at for each in outgoing]
+    second = timedelta(seconds=1)
+    wanted = {
+        "id": {"id": [str(each.id) for each in outgoing]},
+        "occurred": {
+            "since": (min(occurred) - second).isoformat(),
+            "until": (max(occurred) + second).isoformat(),
+        },
+    }
+    answer = post("/events/filter", {"filter": wanted, "limit": len(outgoing)})
+    answer.raise_for_status()
+    listed: list[dict[str, Any]] = answer.json()["events"]
+    return {uuid.UUID(event["id"]) for event in listed}
+
+
+def _await_arrival(post: Post, outgoing: Sequence[Outgoing]) -> bool:
+    wanted = {each.id for each in outgoing}
+    deadline = time.monotonic() + CONFIRM_SECONDS
+    while not wanted <= _arrived(post, outgoing):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.3)
+    return True
+
+
+@contextmanager
+def _exclusive(engine: Engine) -> Iterator[None]:
+    """Hold the outbox: a lock of the database, or of a file beside SQLite's."""
+    if engine.dialect.name == "postgresql":
+        with engine.begin() as connection:
+            connection.execute(text(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'"))
+            connection.execute(select(func.pg_advisory_xact_lock(_LOCK_KEY)))
+            yield
+        return
+    lock = f"{engine.url.database}.outbox.lock"
+    try:
+        with FileLock(lock, timeout=LOCK_SECONDS):
+            yield
+    except Timeout as error:
+        raise ServiceError(
+            f"Another process holds {lock} for more than {LOCK_SECONDS} s; look for a hanging "
+            "flow or `serving drain`."
+        ) from error
 
 
 def _aware(value: datetime) -> datetime:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import msgspec
 import numpy as np
 import pandas as pd
 from sqlalchemy import Engine, Row, bindparam, select, update
@@ -13,8 +15,9 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from forecasting import metrics
 from forecasting.errors import ServiceError
-from forecasting.predictions import Prediction, open_segments
-from forecasting.store import predictions
+from forecasting.events import ModelRefused, put_once
+from forecasting.predictions import Counted, Prediction, Refused, open_segments
+from forecasting.store import answer_counts, predictions
 
 _JOIN_ROWS = 5000
 
@@ -36,6 +39,8 @@ def drain(engine: Engine, folder: Path) -> int:
         for segment in segments:
             while batch := segment.read():
                 refused = _store(engine, batch.records)
+                _store_counts(engine, batch.counts)
+                _tell(engine, batch.refusals)
                 segment.commit(batch, refused)
                 stored += len(batch.records) - len(refused)
             if segment.finished:
@@ -43,29 +48,75 @@ def drain(engine: Engine, folder: Path) -> int:
     return stored
 
 
-def _store(engine: Engine, records: list[tuple[bytes, Prediction]]) -> list[bytes]:
-    """Insert records; returns the lines that the database refuses for their content."""
+def _store(engine: Engine, records: list[Prediction]) -> list[Prediction]:
+    """Insert records; returns those that the database refuses for their content."""
     if not records:
         return []
     try:
-        _insert(engine, [record for _, record in records])
+        _insert(engine, records)
     except (DataError, IntegrityError):
         if len(records) == 1:
-            return [records[0][0]]
+            return records
         middle = len(records) // 2
         return _store(engine, records[:middle]) + _store(engine, records[middle:])
     except SQLAlchemyError as error:
-        raise ServiceError(
-            f"The database {engine.url.render_as_string(hide_password=True)} does not take "
-            f"predictions: {getattr(error, 'orig', error)}. The spool keeps them; check "
-            "PERENNIAL_DATABASE_URL and the database."
-        ) from error
+        raise _not_taken(engine, error) from error
     return []
 
 
+def _store_counts(engine: Engine, counts: list[Counted]) -> None:
+    """Keep the largest total of each writer and answer; older totals change nothing."""
+    latest = {_count_key(each): each for each in sorted(counts, key=lambda each: each.answers)}
+    if not latest:
+        return
+    insert = _dialect(engine).insert(answer_counts)
+    statement = insert.on_conflict_do_update(
+        index_elements=list(answer_counts.primary_key),
+        set_={"answers": insert.excluded.answers, "last_at": insert.excluded.last_at},
+        where=insert.excluded.answers > answer_counts.c.answers,
+    )
+    try:
+        with engine.begin() as connection:
+            connection.execute(
+                statement, [msgspec.structs.asdict(each) for each in latest.values()]
+            )
+    except SQLAlchemyError as error:
+        raise _not_taken(engine, error) from error
+
+
+def _tell(engine: Engine, refusals: list[Refused]) -> None:
+    """Put refusals into the outbox; every worker says the same, and once is enough."""
+    for refused in refusals:
+        event = ModelRefused(
+            forecaster=refused.forecaster,
+            version=refused.version,
+            reason=refused.reason,
+            where="web",
+        )
+        try:
+            put_once(engine, event)
+        except SQLAlchemyError as error:
+            raise _not_taken(engine, error) from error
+
+
+def _count_key(counted: Counted) -> tuple[object, ...]:
+    return tuple(getattr(counted, column.name) for column in answer_counts.primary_key)
+
+
+def _dialect(engine: Engine) -> ModuleType:
+    return postgresql if engine.dialect.name == "postgresql" else sqlite
+
+
+def _not_taken(engine: Engine, error: SQLAlchemyError) -> ServiceError:
+    return ServiceError(
+        f"The database {engine.url.render_as_string(hide_password=True)} does not take "
+        f"predictions: {getattr(error, 'orig', error)}. The spool keeps them; check "
+        "PERENNIAL_DATABASE_URL and the database."
+    )
+
+
 def _insert(engine: Engine, records: list[Prediction]) -> None:
-    dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
-    statement = dialect.insert(predictions).on_conflict_do_nothing()
+    statement = _dialect(engine).insert(predictions).on_conflict_do_nothing()
     with engine.begin() as connection:
         connection.execute(statement, [row for record in records for row in _rows(record)])
 
@@ -167,7 +218,7 @@ def scored(
         since: first target session.
         until: last target session.
         version: only forecasts of this model version.
-        source: `get` or `post` only.
+        source: only forecasts that came to be in this way, see `predictions.Source`.
 
     Returns:
         All columns of `predictions`, dates as timestamps, and `median` (price).

@@ -9,8 +9,11 @@ A process that is killed on the way leaves its line `intended` or `moved`; `reco
 or puts the aliases back. Where no server answers a promotion stands as `moved`, and the next
 `reconcile` confirms it if the version loads. One promotion of a forecaster at a time: a lock file
 under `home`, which the operating system releases when its holder dies.
+
+Where a signing key is set, a version is signed before anything moves (`signing`).
 """
 
+import hashlib
 import logging
 import tempfile
 import time
@@ -27,6 +30,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from sqlalchemy import Engine, Row, insert, select, update
 
+from forecasting.contract import CONTRACT_FILE
 from forecasting.errors import (
     ContractError,
     OvertakenError,
@@ -35,8 +39,15 @@ from forecasting.errors import (
     ServiceError,
 )
 from forecasting.inference import Forecaster
-from forecasting.registry import PREVIOUS, PRODUCTION, Registry
+from forecasting.registry import (
+    CONTRACT_TAG,
+    PREVIOUS,
+    PRODUCTION,
+    SIGNATURE_TAG,
+    Registry,
+)
 from forecasting.settings import Settings
+from forecasting.signing import sign
 from forecasting.store import now, promotions
 
 log = logging.getLogger(__name__)
@@ -104,7 +115,8 @@ def promote(
     """Put `version` into production and wait until the server serves it.
 
     What an earlier, killed promotion of the forecaster left behind is reconciled first. Promoting
-    the version in production changes nothing and asks the server again.
+    the version in production moves nothing and asks the server again. Where a signing key is set,
+    the version is signed first, unless it is already.
 
     Args:
         judged_against: version in production (None: none) that `version` was found better than;
@@ -112,6 +124,8 @@ def promote(
 
     Raises:
         RegistryError: no such version, or the registry is away.
+        ConfigError: the signing key cannot be used; nothing was moved.
+        ContractError: a version that is to be signed does not load; nothing was moved.
         OvertakenError: another version went into production since; nothing was moved.
         ServiceError: the server refused the version; the aliases are back where they were.
     """
@@ -120,6 +134,7 @@ def promote(
         registry.version(forecaster, version)
         aliases = registry.aliases(forecaster)
         if aliases.get(PRODUCTION) == version:
+            sign_version(settings, registry, forecaster, version)
             answer = _wait_served(settings, forecaster, version)
             return PromotionResult(
                 forecaster, version, aliases.get(PREVIOUS), answer.text, answer.kind == "serves"
@@ -130,6 +145,7 @@ def promote(
                 f"{_named(judged_against)}, but {_named(aliases.get(PRODUCTION))} is in "
                 "production by now. Train again to be judged against that one."
             )
+        sign_version(settings, registry, forecaster, version)
         line = _intend(engine, forecaster, version, aliases, who, why)
         try:
             _move(registry, engine, line)
@@ -137,6 +153,30 @@ def promote(
         except PerennialError as error:
             _undo_after(error, registry, engine, line)
             raise
+
+
+def sign_version(settings: Settings, registry: Registry, forecaster: str, version: int) -> bool:
+    """Sign a version with `settings.signing_key`, if one is set; whether a signature was written.
+
+    What is signed is what the registry gives out now, after it was loaded. A version that carries
+    the key's signature stays as it is. The server asks a challenger for a signature too.
+
+    Raises:
+        RegistryError: no such version, or the registry is away.
+        ConfigError: the signing key cannot be used.
+        ContractError: the version does not load, or is not the one that was registered.
+    """
+    if not settings.signing_key:
+        return False
+    tags = registry.version(forecaster, version).tags
+    digest = tags.get(CONTRACT_TAG, "")
+    signature = sign(Path(settings.signing_key), forecaster, version, digest)
+    if tags.get(SIGNATURE_TAG) == signature:  # Ed25519 gives the same one each time
+        return False
+    _require_registered(registry, forecaster, version, digest)
+    registry.tag_version(forecaster, version, {SIGNATURE_TAG: signature})
+    log.info("signed %s version %d with %s", forecaster, version, settings.signing_key)
+    return True
 
 
 def undo(
@@ -279,7 +319,7 @@ def _reconcile(
             continue
         answer = _ask(settings, forecaster, line.version)
         broken = answer.text if answer.kind == "refused" else ""
-        if answer.kind in ("behind", "silent"):
+        if answer.kind in ("behind", "denied", "silent"):
             try:
                 broken = _broken(registry, line)
             except RegistryError as error:  # stays open; it must not block a way out of it
@@ -295,13 +335,31 @@ def _reconcile(
 
 def _broken(registry: Registry, line: Promotion) -> str:
     """Why the version does not load; empty if it does."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = registry.download(line.forecaster, line.version, Path(scratch))
-        try:
-            Forecaster.load(folder, line.version)
-        except ContractError as error:
-            return str(error)
+    try:
+        _load(registry, line.forecaster, line.version)
+    except ContractError as error:
+        return str(error)
     return ""
+
+
+def _require_registered(registry: Registry, forecaster: str, version: int, digest: str) -> None:
+    """Refuse to sign what does not load, or is another contract than the registry's tag says."""
+    loaded, found = _load(registry, forecaster, version)
+    if (loaded, found) != (forecaster, digest):
+        raise ContractError(
+            f"{forecaster} version {version} should have a {CONTRACT_FILE} of sha256 "
+            f"{digest or '(no tag ' + CONTRACT_TAG + ')'}; the registry gives out one of {loaded} "
+            f"with {found}. It is not signed; train again."
+        )
+
+
+def _load(registry: Registry, forecaster: str, version: int) -> tuple[str, str]:
+    """Download and load a version; the forecaster that it is of, and its contract's sha256."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = registry.download(forecaster, version, Path(scratch))
+        loaded = Forecaster.load(folder, version)
+        raw = (folder / CONTRACT_FILE).read_bytes()
+    return loaded.contract.forecaster, hashlib.sha256(raw).hexdigest()
 
 
 # the server -------------------------------------------------------------------------------------
@@ -316,6 +374,7 @@ class _Refusal(msgspec.Struct):
     name: str
     version: int | None
     reason: str
+    alias: str = PRODUCTION
 
 
 class _Models(msgspec.Struct):
@@ -327,7 +386,7 @@ class _Models(msgspec.Struct):
 
 @dataclass(frozen=True)
 class _Answer:
-    kind: Literal["serves", "refused", "behind", "silent"]
+    kind: Literal["serves", "refused", "behind", "denied", "silent"]
     text: str
 
 
@@ -338,7 +397,7 @@ def _wait_served(settings: Settings, forecaster: str, version: int) -> _Answer:
         answer = _ask(settings, forecaster, version)
         waited = time.monotonic() - start
         patience = settings.confirm_seconds
-        if answer.kind == "silent":
+        if answer.kind in ("silent", "denied"):
             patience = min(patience, SILENT_SECONDS)
         if answer.kind in ("serves", "refused") or waited >= patience:
             return answer
@@ -351,9 +410,11 @@ def _ask(settings: Settings, forecaster: str, version: int) -> _Answer:
     if not url:
         return _Answer("silent", "No server is configured (PERENNIAL_SERVER_URL is empty).")
     try:
-        response = httpx.get(f"{url}/v1/models", timeout=_ASK_SECONDS)
+        response = httpx.get(f"{url}/v1/models", headers=_headers(settings), timeout=_ASK_SECONDS)
     except httpx.TransportError:
         return _Answer("silent", f"No server answered at {url}.")
+    if response.status_code in (401, 403):
+        return _Answer("denied", _denied(settings, url, response.status_code))
     try:
         found = msgspec.json.decode(response.content, type=_Models)
     except msgspec.DecodeError:
@@ -361,7 +422,8 @@ def _ask(settings: Settings, forecaster: str, version: int) -> _Answer:
             "behind", f"{url}/v1/models answered {response.status_code} and no list of models."
         )
     for refusal in found.refused:
-        if (refusal.name, refusal.version) == (forecaster, version):
+        # as a challenger it may have been refused for want of the signature that it has now
+        if (refusal.name, refusal.version, refusal.alias) == (forecaster, version, PRODUCTION):
             return _Answer(
                 "refused", f"{url} refused {forecaster} version {version}: {refusal.reason}"
             )
@@ -370,6 +432,21 @@ def _ask(settings: Settings, forecaster: str, version: int) -> _Answer:
         return _Answer("serves", f"{url} serves {forecaster} version {version}.")
     instead = f"version {serving}" if serving is not None else "no version"
     return _Answer("behind", f"{url} serves {instead} of {forecaster}, not yet version {version}.")
+
+
+def _headers(settings: Settings) -> dict[bytes, bytes]:
+    key = settings.server_key.get_secret_value().strip()
+    return {b"Authorization": f"Bearer {key}".encode()} if key else {}
+
+
+def _denied(settings: Settings, url: str, status: int) -> str:
+    if not settings.server_key.get_secret_value().strip():
+        lacks = "a key is asked for, and PERENNIAL_SERVER_KEY is not set"
+    elif status == 401:
+        lacks = "the key in PERENNIAL_SERVER_KEY is unknown or no longer valid"
+    else:
+        lacks = "the key in PERENNIAL_SERVER_KEY may not read it"
+    return f"{url}/v1/models answered {status}: {lacks}."
 
 
 # the ledger -------------------------------------------------------------------------------------

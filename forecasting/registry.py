@@ -26,9 +26,11 @@ from typing import Literal, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
+from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Metric, Param, RunTag
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.entities.webhook import Webhook, WebhookEvent, WebhookEventStr
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
@@ -37,15 +39,25 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from forecasting.contract import CONTRACT_FILE, MODEL_FILE, Contract, read_contract, verify_files
-from forecasting.errors import ContractError, RegistryError
+from forecasting.errors import ConfigError, ContractError, RegistryError
 from forecasting.settings import Settings
 
 EXPERIMENT = "perennial"
 PRODUCTION = "production"
 PREVIOUS = "previous"
+CHALLENGER = "challenger"
+SERVED = (PRODUCTION, CHALLENGER)
+"""Aliases that the server follows."""
+CONTRACT_TAG = "contract_sha256"
+SIGNATURE_TAG = "signature"
 OWNER_TAG = "perennial"
 """Tag of registered models that are ours; a shared registry may hold others."""
 REQUIREMENTS = ("numpy", "onnx", "onnxruntime", "pandas")
+WEBHOOK_NAME = "perennial"
+WEBHOOK_EVENTS: tuple[WebhookEventStr, ...] = (
+    "model_version_alias.created",
+    "model_version_alias.deleted",
+)
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -58,6 +70,8 @@ ENVIRONMENT = {
 
 T = TypeVar("T")
 RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+_NOT_MLFLOW = (ValueError, TypeError, KeyError, AttributeError, ParseError)
+"""What MLflow's client stumbles with over an answer that is none of MLflow's (a proxy's page)."""
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 READY_SECONDS = 30
 _METRICS_A_BATCH, _PARAMS_A_BATCH, _TAGS_A_BATCH = 1000, 100, 100
@@ -92,6 +106,33 @@ def open_registry(settings: Settings) -> "Registry":
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     return Registry(settings.mlflow_uri, settings.mlflow_artifacts)
+
+
+def register_webhook(settings: Settings, url: str) -> str:
+    """Have the registry tell the server of alias moves; says what was done.
+
+    Args:
+        settings: `webhook_secret` signs what the registry sends.
+        url: the server's `/hooks/registry`, as the registry's own machine reaches it.
+
+    Raises:
+        ConfigError: no secret is set, or there is no MLflow server that could send anything.
+        RegistryError: the server is away, or does not take the address.
+    """
+    secret = settings.webhook_secret.get_secret_value()
+    if not secret:
+        raise ConfigError(
+            "PERENNIAL_WEBHOOK_SECRET should be a long random text that only the registry and the "
+            "server know; it is empty. Set it for both: openssl rand -hex 32"
+        )
+    registry = open_registry(settings)
+    if not registry.is_served:
+        raise ConfigError(
+            f"Only an MLflow server sends webhooks; the registry is {registry.shown}. Set "
+            "MLFLOW_TRACKING_URI to a server's http:// or https:// address."
+        )
+    made = registry.set_webhook(url, secret)
+    return f"{'created' if made else 'updated'}: {registry.shown} tells {url} of every alias move"
 
 
 class Registry:
@@ -200,7 +241,7 @@ class Registry:
 
     def run_url(self, run_id: str) -> str:
         """Address of the run in MLflow's web interface; empty when there is no server."""
-        if not self._served:
+        if not self.is_served:
             return ""
         with self._talk("find the experiment"):
             return f"{self.shown}/#/experiments/{self._experiment}/runs/{run_id}"
@@ -235,7 +276,7 @@ class Registry:
                 f"{folder} was made for {contract.forecaster!r}; got forecaster {forecaster!r}."
             )
         own = _contract_tags(folder, contract)
-        same = self.find(forecaster, {"contract_sha256": own["contract_sha256"]})
+        same = self.find(forecaster, {CONTRACT_TAG: own[CONTRACT_TAG]})
         if same is not None:
             return same
         with self._talk(f"register a version of {forecaster}"):
@@ -244,7 +285,7 @@ class Registry:
             made = self._client.create_model_version(
                 forecaster,
                 # a database cannot resolve models:/, since that goes through the global URI
-                f"models:/{uploaded.model_id}" if self._served else uploaded.artifact_location,
+                f"models:/{uploaded.model_id}" if self.is_served else uploaded.artifact_location,
                 run_id,
                 {**(tags or {}), **own},
                 model_id=uploaded.model_id,
@@ -331,19 +372,22 @@ class Registry:
         with self._talk(f"take {alias} of {forecaster} away"):
             self._client.delete_registered_model_alias(forecaster, alias)
 
-    def production_versions(self) -> dict[str, int]:
-        """Version in production of every forecaster of ours. One call; cheap enough to poll."""
-        found: dict[str, int] = {}
+    def served_versions(self) -> dict[str, dict[str, int]]:
+        """Aliases that the server follows, of every forecaster of ours, each with its version.
+
+        One call (one more for every thousand forecasters); cheap enough to poll. A forecaster
+        without such an alias is there with none.
+        """
+        found: dict[str, dict[str, int]] = {}
         token: str | None = None
-        with self._talk("read the versions in production"):
+        with self._talk("read the versions that are to be served"):
             while True:
                 page = self._client.search_registered_models(
                     f"tags.{OWNER_TAG} = 'forecaster'", max_results=1000, page_token=token
                 )
                 for model in page:
-                    version = _aliases(model).get(PRODUCTION)
-                    if version is not None:
-                        found[model.name] = version
+                    aliases = _aliases(model)
+                    found[model.name] = {name: aliases[name] for name in SERVED if name in aliases}
                 token = page.token
                 if not token:
                     return found
@@ -362,18 +406,46 @@ class Registry:
                 if not token:
                     return sorted(found, key=lambda info: -info.version)
 
+    # webhooks -----------------------------------------------------------------------------------
+
+    def set_webhook(self, url: str, secret: str) -> bool:
+        """Have the registry tell `url` of every alias that moves or goes; whether it is new.
+
+        The webhook with this address, if there is one, gets the secret and is switched on again.
+        """
+        events: list[WebhookEventStr | WebhookEvent] = list(WEBHOOK_EVENTS)
+        with self._talk(f"set the webhook {url}"):
+            for each in self._webhooks():
+                if each.url == url:
+                    self._client.update_webhook(
+                        each.webhook_id, events=events, secret=secret, status="ACTIVE"
+                    )
+                    return False
+            self._client.create_webhook(WEBHOOK_NAME, url, events, secret=secret)
+        return True
+
+    def _webhooks(self) -> list[Webhook]:
+        found: list[Webhook] = []
+        token: str | None = None
+        while True:
+            page = self._client.list_webhooks(page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
     # plumbing -----------------------------------------------------------------------------------
 
     @property
     def shown(self) -> str:
         """The address without credentials, for messages."""
-        if self._served:
+        if self.is_served:
             parts = urlsplit(self.uri)
             return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
         return make_url(self.uri).render_as_string(hide_password=True)
 
     @property
-    def _served(self) -> bool:
+    def is_served(self) -> bool:
         """Whether a server answers at the address (else it is a database)."""
         return self.uri.startswith(("http://", "https://"))
 
@@ -395,7 +467,7 @@ class Registry:
     @cached_property
     def _experiment(self) -> str:
         """Id of the experiment, made on first use."""
-        location = self.artifacts.as_uri() if self.artifacts and not self._served else None
+        location = self.artifacts.as_uri() if self.artifacts and not self.is_served else None
         for _ in range(2):  # the second time, when another process made it in between
             found = self._client.get_experiment_by_name(EXPERIMENT)
             if found is not None:
@@ -453,7 +525,7 @@ class Registry:
         """Turn what MLflow, its database or the network raise into a RegistryError."""
         try:
             yield
-        except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+        except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, *_NOT_MLFLOW) as error:
             raise RegistryError(
                 f"The model registry {self.shown} could not {what}: {_reason(error)} "
                 "Check that it runs and that MLFLOW_TRACKING_URI names it."
@@ -494,7 +566,7 @@ def _info(found: ModelVersion) -> VersionInfo:
 
 def _contract_tags(folder: Path, contract: Contract) -> dict[str, str]:
     return {
-        "contract_sha256": hashlib.sha256((folder / CONTRACT_FILE).read_bytes()).hexdigest(),
+        CONTRACT_TAG: hashlib.sha256((folder / CONTRACT_FILE).read_bytes()).hexdigest(),
         "dataset_md5": contract.dataset_md5,
         "as_of": contract.as_of.isoformat(),
         "kind": contract.kind,

@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from forecasting.errors import ConfigError
@@ -115,9 +115,57 @@ class Settings(BaseSettings):
     )
     web_workers: int = Field(1, ge=1, description="Processes that answer HTTP.")
     poll_seconds: float = Field(
-        0.3, gt=0, le=60, description="How often alias, prices and model store are looked at."
+        0.3, gt=0, le=60, description="How often aliases and published prices are looked at."
+    )
+    max_models: int = Field(
+        64, ge=1, description="Models that a worker keeps open; others are opened when asked for."
+    )
+    docs: bool = Field(True, description="Whether the pages and the OpenAPI file at /schema exist.")
+    access_log: bool = Field(False, description="Whether every request is logged.")
+    # limits of the server ---------------------------------------------------------------------
+    api_keys: str = Field(
+        "", description="File of hashed API keys; empty: `home`/api-keys.json, if there is one."
+    )
+    rate_limit: float = Field(
+        0.0, ge=0, description="Requests a second of one key, over all workers; 0: no limit."
     )
     max_body_mb: float = Field(4.0, gt=0, description="Largest request body accepted.")
+    max_windows: int = Field(1024, ge=1, description="Most windows in one request.")
+    max_rows: int = Field(10_000, ge=512, description="Most rows of one window in a request.")
+    max_concurrency: int = Field(
+        512, ge=1, description="Requests in progress in one worker before it answers 503."
+    )
+    max_connections: int = Field(
+        4096, ge=1, description="Connections of one worker before it answers 503 and closes."
+    )
+    request_seconds: float = Field(
+        20.0, gt=0, description="How long a client may take to send a request."
+    )
+    spool_max_mb: float = Field(
+        1024.0, gt=0, description="Prediction log on disk at which no new forecast is computed."
+    )
+    # promotion and challenger -----------------------------------------------------------------
+    server_key: SecretStr = Field(
+        SecretStr(""), description="API key with which a promotion asks the inference server."
+    )
+    signing_key: str = Field(
+        "", description="PEM file of the Ed25519 key that signs what is promoted; empty: none."
+    )
+    trusted_key: str = Field(
+        "",
+        description="PEM file of the public key that served versions must be signed for; "
+        "empty: signatures are not looked at.",
+    )
+    webhook_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Secret of the registry's webhook at /hooks/registry; empty: no such route.",
+    )
+    shadow_share: float = Field(
+        0.0, ge=0, le=1, description="Share of requests that the challenger computes as well."
+    )
+    canary_share: float = Field(
+        0.0, ge=0, le=1, description="Share of clients that the challenger answers."
+    )
     confirm_seconds: float = Field(
         10.0, ge=0, description="How long a promotion waits for the server to confirm a version."
     )
@@ -164,6 +212,21 @@ class Settings(BaseSettings):
     def spool_dir(self) -> Path:
         """Prediction log before it is drained into SQL."""
         return self.home / "spool"
+
+    @property
+    def keys_file(self) -> Path:
+        """File of hashed API keys, whether or not there is one."""
+        return Path(self.api_keys).expanduser() if self.api_keys else self.home / "api-keys.json"
+
+    @property
+    def trusted_key_path(self) -> Path | None:
+        """Public key that served versions must be signed for, if any."""
+        return Path(self.trusted_key).expanduser() if self.trusted_key else None
+
+    @property
+    def traffic_file(self) -> Path:
+        """Shares of the challenger, as changed while the server runs."""
+        return self.home / "traffic.json"
 
     @property
     def quarantine_dir(self) -> Path:

@@ -41,7 +41,12 @@ predictions = Table(
     Column("id", String(36), primary_key=True, comment="one answered forecast"),
     Column("horizon", Integer, primary_key=True, comment="trading days ahead, from 1"),
     Column("made_at", DateTime(timezone=True), nullable=False),
-    Column("source", String(8), nullable=False, comment="get: latest prices; post: client's rows"),
+    Column(
+        "source",
+        String(8),
+        nullable=False,
+        comment="get: latest prices; post: client's rows; batch: flow; shadow, canary: challenger",
+    ),
     Column("symbol", String(32), nullable=False),
     Column("forecaster", String(64), nullable=False),
     Column("model_version", Integer, nullable=False),
@@ -56,6 +61,18 @@ predictions = Table(
     Column("actual", Float, nullable=True, comment="close on target in units of the origin day"),
     Column("crps_bp", Float, nullable=True, comment="CRPS of the log return, basis points"),
     Index("ix_predictions_join", "symbol", "target", "actual"),
+)
+
+answer_counts = Table(
+    "answer_counts",
+    metadata,
+    Column("writer", String(64), primary_key=True, comment="web worker that answered"),
+    Column("forecaster", String(64), primary_key=True),
+    Column("model_version", Integer, primary_key=True),
+    Column("symbol", String(32), primary_key=True),
+    Column("origin", Date, primary_key=True, comment="last row seen"),
+    Column("answers", Integer, nullable=False, comment="GETs of one computed forecast"),
+    Column("last_at", DateTime(timezone=True), nullable=False),
 )
 
 promotions = Table(

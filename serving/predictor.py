@@ -1,118 +1,159 @@
-"""From rows to forecasts: one immutable state that is swapped whole, and what answers from it."""
+"""What is served now: one immutable state that is swapped whole, and the work that makes the next.
+
+Taking up many models or prices is done in slices: each refresh works for a moment, swaps what it
+has, and says whether there is more to do.
+"""
 
 import threading
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from uuid import uuid4
+from functools import partial
+from pathlib import Path
+from uuid import NAMESPACE_OID, uuid5
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from forecasting.contract import Snapshot
-from forecasting.errors import ContractError, ModelError
-from forecasting.inference import Forecaster
-from forecasting.predictions import Prediction
-from forecasting.sessions import sessions_after
+from forecasting.errors import ConfigError, ContractError, ModelError
+from forecasting.predictions import Answered, Source, Spool, Window, computed_line
 from serving import problems
-from serving.intake import parse_request, usable_rows
-from serving.model_store import Fingerprint, ModelStore, check
+from serving.answers import body_of, forecast, numbers, windows_of_rows
+from serving.intake import EPOCH_ORDINAL, fit
+from serving.model_store import CHALLENGER, PRODUCTION, Fingerprint, ModelStore, check
+from serving.open_models import OpenModels, Served
 from serving.problems import ProblemError
-from serving.schemas import (
-    Forecast,
-    HorizonForecast,
-    ModelInfo,
-    Models,
-    PriceRow,
-    PricesInfo,
-    Refusal,
-)
+from serving.schemas import ModelInfo, Models, PricesInfo, Refusal, Traffic
+from serving.windows import Rows
+
+SLICE_SECONDS = 2.0
+SCAN_SECONDS, SCAN_SHARE = 2.0, 0.05
+"""How often a worker looks through the store though nothing says that it changed (a file may have
+been damaged), and the most of its time that it does so."""
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A forecaster in memory."""
-
-    forecaster: Forecaster
-    loaded_at: datetime
+_OWN = ("model ", "challenger ")
+_TROUBLE = (ContractError, ConfigError, OSError)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Latest:
-    """The forecast from the latest prices, or why there is none."""
+    """The forecast of a symbol from its latest prices by one version, or why there is none.
 
-    snapshot: Snapshot
-    answer: Forecast | None
-    problem: ProblemError | None
+    Attributes:
+        body: JSON of the answer; empty if there is none.
+        window: what is said of it in the log, which holds it once it was answered.
+        quantiles: JSON of its numbers, as the log takes them.
+        answered: what answers are counted by.
+        logged: whether it is in the log.
+    """
+
+    served: Served
+    rows: Rows
+    body: bytes = b""
+    window: Window | None = None
+    quantiles: bytes = b""
+    answered: Answered | None = None
+    problem: ProblemError | None = None
+    logged: bool = False
+
+    def write(self, spool: Spool, source: Source) -> None:
+        """Log it, unless it is logged.
+
+        Raises:
+            ServiceError: the log does not take it.
+        """
+        if self.logged or self.window is None:
+            return
+        window = msgspec.structs.replace(self.window, source=source)
+        served = self.served
+        spool.write(computed_line(served.contract, served.version, [window], self.quantiles), 1)
+        self.logged = True
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a request needs. Never changed: a new one replaces it."""
+    """All that a request needs. Never changed: a new one replaces it.
 
-    models: dict[str, Loaded] = field(default_factory=dict)
-    by_symbol: dict[str, Loaded] = field(default_factory=dict)
+    Attributes:
+        champions: forecaster -> version in production.
+        challengers: forecaster -> version that the alias `challenger` names.
+        by_symbol: symbol -> champion.
+        rivals: symbol -> challenger of that champion.
+        latest: symbol -> forecast of its champion from the latest prices.
+        rival_latest: the same of the challenger.
+        rows: symbol -> its latest prices.
+        prices: symbol -> facts of them.
+    """
+
+    champions: dict[str, Served] = field(default_factory=dict)
+    challengers: dict[str, Served] = field(default_factory=dict)
+    by_symbol: dict[str, Served] = field(default_factory=dict)
+    rivals: dict[str, Served] = field(default_factory=dict)
     latest: dict[str, Latest] = field(default_factory=dict)
-    snapshots: dict[str, Snapshot] = field(default_factory=dict)
+    rival_latest: dict[str, Latest] = field(default_factory=dict)
+    rows: dict[str, Rows] = field(default_factory=dict)
+    prices: dict[str, PricesInfo] = field(default_factory=dict)
     refused: dict[str, Refusal] = field(default_factory=dict)
     model_marks: dict[str, Fingerprint] = field(default_factory=dict)
     price_marks: dict[str, Fingerprint] = field(default_factory=dict)
 
-    @property
-    def versions(self) -> dict[str, int]:
-        """Forecaster -> version."""
-        return {name: loaded.forecaster.version for name, loaded in self.models.items()}
-
-    def loaded(self, symbol: str) -> Loaded:
-        """The model that serves a symbol.
+    def served(self, symbol: str, *, rival: bool = False) -> Served:
+        """The version that answers for a symbol.
 
         Raises:
             ProblemError: there is none.
         """
-        if not self.models:
-            raise problems.no_model()
-        if symbol not in self.by_symbol:
-            raise problems.unknown_symbol(symbol, sorted(self.by_symbol))
-        return self.by_symbol[symbol]
+        found = (rival and self.rivals.get(symbol)) or self.by_symbol.get(symbol)
+        if found is None:
+            raise self._unknown(symbol)
+        return found
 
-    def forecast_latest(self, symbol: str) -> Forecast:
-        """Forecast from the latest published rows; each call is an answer with an id of its own.
+    def latest_of(self, symbol: str, *, rival: bool = False) -> Latest:
+        """The forecast of a symbol from its latest prices.
 
         Raises:
             ProblemError: unknown symbol, no model, or no usable rows.
         """
-        self.loaded(symbol)
-        latest = self.latest.get(symbol)
-        if latest is None:
-            raise problems.no_prices(symbol, "none were published yet.")
-        if latest.answer is None:
-            raise latest.problem or problems.no_prices(symbol, "they were refused.")
-        return msgspec.structs.replace(latest.answer, id=str(uuid4()))
+        found = (rival and self.rival_latest.get(symbol)) or self.latest.get(symbol)
+        if found is not None and not found.problem:
+            return found
+        if symbol not in self.by_symbol:
+            raise self._unknown(symbol)
+        if found is not None and found.problem:
+            raise found.problem
+        refused = self.refused.get(f"prices {symbol}")
+        reason = f"they were refused: {refused.reason}" if refused else "none were published yet."
+        raise problems.no_prices(symbol, reason)
 
-    def forecast_rows(self, body: bytes) -> Forecast:
-        """Forecast from a client's rows.
+    def refused_since(self, before: "State") -> list[Refusal]:
+        """What a worker refused itself (sync tells of its own) and had not refused before."""
+        return [
+            refusal
+            for key, refusal in self.refused.items()
+            if key.startswith(_OWN) and _said(refusal) != _said(before.refused.get(key))
+        ]
 
-        Raises:
-            ProblemError: the body is not a usable request, or nothing serves the symbol.
-        """
-        request = parse_request(body)
-        loaded = self.loaded(request.symbol)
-        dates, ohlcv = usable_rows(request.rows, loaded.forecaster.contract.context)
-        origin = request.rows[-1]
-        try:
-            return _forecast(loaded.forecaster, request.symbol, dates, ohlcv, origin)
-        except ModelError as error:
-            raise problems.no_forecast(error) from error
+    def versions_of(self, name: str) -> list[Served]:
+        """The versions of a forecaster that can be asked, production first."""
+        return [role[name] for role in (self.champions, self.challengers) if name in role]
 
-    def describe(self) -> Models:
+    def _unknown(self, symbol: str) -> ProblemError:
+        if not self.champions:
+            return problems.no_model()
+        return problems.unknown_symbol(symbol, sorted(self.by_symbol))
+
+    def describe(self, traffic: Traffic) -> Models:
         """What is served and what was refused."""
         return Models(
-            models=[_describe(loaded) for _, loaded in sorted(self.models.items())],
-            refused=[refusal for _, refusal in sorted(self.refused.items())],
-            prices=[
-                PricesInfo(name, item.as_of, item.dataset_md5, len(item.dates))
-                for name, item in sorted(self.snapshots.items())
-            ],
+            models=[_describe(self.champions[name]) for name in sorted(self.champions)],
+            challengers=[_describe(self.challengers[name]) for name in sorted(self.challengers)],
+            traffic=traffic,
+            refused=[self.refused[key] for key in sorted(self.refused)],
+            prices=[self.prices[symbol] for symbol in sorted(self.prices)],
         )
 
 
@@ -121,217 +162,269 @@ class Predictor:
 
     Attributes:
         state: what requests are answered from; read it once a request.
+        models: those that are open.
     """
 
-    def __init__(self, store: ModelStore) -> None:
+    def __init__(self, store: ModelStore, most_open: int, trusted_key: Path | None = None) -> None:
         self.state = State()
+        self.models = OpenModels(most_open, trusted_key)
         self._store = store
+        self._trusted_key = trusted_key
         self._lock = threading.Lock()
+        self._generation: tuple[int, ...] = ()
+        self._scan_after = 0.0
 
-    def refresh(self) -> tuple[State, State]:
+    def is_due(self) -> bool:
+        """Whether `refresh` may find anything; costs one look at one file."""
+        return self._store.generation() != self._generation or time.monotonic() >= self._scan_after
+
+    def refresh(self) -> tuple[State, State, bool]:
         """Look at the model store and swap the state if it asks for another one.
 
         Loads, verifies and warms up before the swap; meant for a thread of its own.
 
         Returns:
-            The state before and the state now (the same object if nothing changed).
+            The state before, the state now (the same object if nothing changed), and whether all
+            that the store asks for is done.
         """
         with self._lock:
-            before = self.state
-            self.state = refresh(self._store, before)
-            return before, self.state
+            before, began = self.state, time.monotonic()
+            generation = self._store.generation()
+            slice_ = _Slice(self._store, self.models, before, self._trusted_key)
+            self.state, done = slice_.next_state()
+            if done:
+                now = time.monotonic()
+                self._generation = generation
+                self._scan_after = now + max(SCAN_SECONDS, (now - began) / SCAN_SHARE)
+            return before, self.state, done
 
 
-def refresh(store: ModelStore, state: State) -> State:
-    """The state that the model store asks for now; `state` itself if nothing changed.
+class _Slice:
+    """One step from a state towards what the store asks for. Every dict is a copy of its own."""
 
-    Whatever cannot be loaded is listed in `refused`, and what was served before stays. Runs off
-    the event loop.
-    """
-    model_marks = {name: store.model_fingerprint(name) for name in store.forecasters()}
-    price_marks = store.price_files()
-    if model_marks == state.model_marks and price_marks == state.price_marks:
-        return state
-    models, snapshots, refused = dict(state.models), dict(state.snapshots), dict(state.refused)
-    for name, mark in model_marks.items():
-        if mark != state.model_marks.get(name):
-            _refresh_model(store, name, models, refused)
-    for name, price_mark in price_marks.items():
-        if price_mark != state.price_marks.get(name):
-            _refresh_snapshot(store, name, snapshots, refused)
-    by_symbol = _by_symbol(models)
-    return State(
-        models=models,
-        by_symbol=by_symbol,
-        latest=_latest(state, by_symbol, snapshots),
-        snapshots=snapshots,
-        refused=refused,
-        model_marks=model_marks,
-        price_marks=price_marks,
-    )
+    def __init__(
+        self, store: ModelStore, models: OpenModels, state: State, trusted_key: Path | None
+    ) -> None:
+        self._store = store
+        self._models = models
+        self._trusted_key = trusted_key
+        self._deadline = time.monotonic() + SLICE_SECONDS
+        self._before = state
+        self._champions = dict(state.champions)
+        self._challengers = dict(state.challengers)
+        self._rows = dict(state.rows)
+        self._prices = dict(state.prices)
+        self._refused = dict(state.refused)
+        self._model_marks = dict(state.model_marks)
+        self._price_marks = dict(state.price_marks)
 
+    def next_state(self) -> tuple[State, bool]:
+        """The next state (the one before if nothing changed), and whether it is all."""
+        work = self._stores_work()
+        for number, step in enumerate(work):
+            if number and time.monotonic() > self._deadline:
+                return self._state(), False
+            step()
+        state = self._state() if work else self._before
+        forecasts = list(_stale(state))
+        if not forecasts:
+            return state, True
+        latest = {True: dict(state.rival_latest), False: dict(state.latest)}
+        done = True
+        for number, (symbol, served, rival) in enumerate(forecasts):
+            if number and time.monotonic() > self._deadline:
+                done = False
+                break
+            facts = state.prices[symbol], state.rows[symbol]
+            latest[rival][symbol] = _forecast_latest(self._models, served, *facts)
+        return replace(state, latest=latest[False], rival_latest=latest[True]), done
 
-def _refresh_model(
-    store: ModelStore, name: str, models: dict[str, Loaded], refused: dict[str, Refusal]
-) -> None:
-    key = f"model {name}"
-    refused.pop(key, None)
-    refused.pop(f"sync {name}", None)
-    noted = store.refused(name)
-    if noted is not None:
-        refused[f"sync {name}"] = Refusal(name, noted.version, noted.reason, noted.refused_at)
-    version: int | None = None
-    try:
-        current = store.current(name)
-        if current is None:
-            return
-        version = current.version
-        loaded = check(store.version_folder(name, version), name, version)
-        served = models.get(name)
-        if served is None or served.forecaster.version != version or _differs(served, loaded):
-            models[name] = Loaded(loaded, datetime.now(UTC))
-    except (ContractError, OSError) as error:
-        refused[key] = Refusal(name, version, str(error), datetime.now(UTC))
-        if name not in models:
-            _fall_back(store, name, models)
+    def _stores_work(self) -> list[Callable[[], None]]:
+        """What has to be read, because its files changed."""
+        steps: list[Callable[[], None]] = []
+        for name in self._store.forecasters():
+            mark = self._store.model_fingerprint(name)
+            if mark != self._model_marks.get(name):
+                steps.append(partial(self._take_model, name, mark))
+        for symbol, mark in self._store.price_files().items():
+            if mark != self._price_marks.get(symbol):
+                steps.append(partial(self._take_prices, symbol, mark))
+        return steps
 
+    def _take_model(self, name: str, mark: Fingerprint) -> None:
+        self._model_marks[name] = mark
+        for key in [key for key, each in self._refused.items() if _is_model(key, each, name)]:
+            del self._refused[key]
+        for alias, noted in self._store.refusals(name).items():
+            self._refused[f"sync {name} {alias}"] = Refusal(
+                name, noted.version, noted.reason, noted.refused_at, alias
+            )
+        self._take_champion(name)
+        self._take_challenger(name)
 
-def _differs(served: Loaded, loaded: Forecaster) -> bool:
-    return served.forecaster.contract != loaded.contract
-
-
-def _fall_back(store: ModelStore, name: str, models: dict[str, Loaded]) -> None:
-    """After a restart with a damaged current version: the last one that was good."""
-    for version in store.fallbacks(name):
+    def _take_champion(self, name: str) -> None:
+        version: int | None = None
         try:
-            loaded = check(store.version_folder(name, version), name, version)
-        except (ContractError, OSError):
-            continue
-        models[name] = Loaded(loaded, datetime.now(UTC))
-        return
+            current = self._store.current(name)
+            if current is None:
+                return
+            version = current.version
+            self._take(name, version, self._champions)
+        except _TROUBLE as error:
+            self._refuse("model", name, version, error)
+            if name not in self._champions:
+                self._fall_back(name)
+
+    def _take_challenger(self, name: str) -> None:
+        version: int | None = None
+        try:
+            version = self._store.challenger(name)
+            if version is None or version == _version(self._champions.get(name)):
+                self._challengers.pop(name, None)
+            else:
+                self._take(name, version, self._challengers)
+        except _TROUBLE as error:
+            self._refuse("challenger", name, version, error)
+
+    def _take(self, name: str, version: int, role: dict[str, Served]) -> None:
+        """Verify a version and take it up, unless it is the one that is served.
+
+        Raises:
+            ContractError: it is not what it says.
+        """
+        folder = self._store.version_folder(name, version)
+        forecaster = check(folder, name, version, self._trusted_key)
+        contract, served = forecaster.contract, role.get(name)
+        if served is None or (served.version, served.contract) != (version, contract):
+            served = role[name] = Served(contract, version, folder, datetime.now(UTC))
+        self._models.put(served, forecaster)
+
+    def _fall_back(self, name: str) -> None:
+        """After a restart with a damaged current version: the last one that was good."""
+        for version in self._store.fallbacks(name):
+            with suppress(*_TROUBLE):
+                self._take(name, version, self._champions)
+                return
+
+    def _take_prices(self, symbol: str, mark: Fingerprint) -> None:
+        self._price_marks[symbol] = mark
+        self._refused.pop(f"prices {symbol}", None)
+        try:
+            snapshot = self._store.snapshot(symbol)
+        except _TROUBLE as error:
+            self._refuse("prices", symbol, None, error)
+            return
+        self._rows[symbol] = _rows(snapshot)
+        self._prices[symbol] = PricesInfo(
+            symbol, snapshot.as_of, snapshot.dataset_md5, len(snapshot.dates)
+        )
+
+    def _refuse(self, what: str, name: str, version: int | None, error: Exception) -> None:
+        alias = CHALLENGER if what == "challenger" else PRODUCTION
+        moment = datetime.now(UTC)
+        self._refused[f"{what} {name}"] = Refusal(name, version, str(error), moment, alias)
+
+    def _state(self) -> State:
+        by_symbol = _by_symbol(self._champions)
+        rivals = {
+            symbol: rival
+            for symbol, served in by_symbol.items()
+            if (rival := self._challengers.get(served.contract.forecaster))
+            and symbol in rival.contract.symbols
+        }
+        served = (*self._champions.values(), *self._challengers.values())
+        self._models.retain({each.key for each in served})
+        before = self._before
+        return State(
+            champions=self._champions,
+            challengers=self._challengers,
+            by_symbol=by_symbol,
+            rivals=rivals,
+            latest={name: each for name, each in before.latest.items() if name in by_symbol},
+            rival_latest={
+                name: each for name, each in before.rival_latest.items() if name in rivals
+            },
+            rows=self._rows,
+            prices=self._prices,
+            refused=self._refused,
+            model_marks=self._model_marks,
+            price_marks=self._price_marks,
+        )
 
 
-def _refresh_snapshot(
-    store: ModelStore, name: str, snapshots: dict[str, Snapshot], refused: dict[str, Refusal]
-) -> None:
-    key = f"prices {name}"
-    refused.pop(key, None)
+def _said(refusal: Refusal | None) -> tuple[int | None, str] | None:
+    return (refusal.version, refusal.reason) if refusal else None
+
+
+def _is_model(key: str, refusal: Refusal, name: str) -> bool:
+    return refusal.name == name and not key.startswith("prices ")
+
+
+def _version(served: Served | None) -> int | None:
+    return served.version if served else None
+
+
+def _by_symbol(champions: dict[str, Served]) -> dict[str, Served]:
+    """Symbol -> version; of two, that with fewer symbols, then the first by name."""
+    worst_first = sorted(champions.values(), key=_rank, reverse=True)
+    return {symbol: served for served in worst_first for symbol in served.contract.symbols}
+
+
+def _rank(served: Served) -> tuple[int, str]:
+    return len(served.contract.symbols), served.contract.forecaster
+
+
+def _rows(snapshot: Snapshot) -> Rows:
+    days = np.array([day.toordinal() for day in snapshot.dates], dtype=np.int64)
+    return Rows(snapshot.symbol, days - EPOCH_ORDINAL, np.array(snapshot.ohlcv, dtype=np.float64))
+
+
+def _stale(state: State) -> Iterator[tuple[str, Served, bool]]:
+    """Forecasts that have to be made: whose version or prices are not those of the last one."""
+    for rival, role, latest in (
+        (False, state.by_symbol, state.latest),
+        (True, state.rivals, state.rival_latest),
+    ):
+        for symbol, rows in state.rows.items():
+            served, known = role.get(symbol), latest.get(symbol)
+            if served and not (known and known.served is served and known.rows is rows):
+                yield symbol, served, rival
+
+
+def _forecast_latest(models: OpenModels, served: Served, info: PricesInfo, rows: Rows) -> Latest:
+    contract = served.contract
     try:
-        snapshots[name] = store.snapshot(name)
-    except (ContractError, OSError) as error:
-        refused[key] = Refusal(name, None, str(error), datetime.now(UTC))
-
-
-def _by_symbol(models: dict[str, Loaded]) -> dict[str, Loaded]:
-    """Symbol -> model; where two serve one, the one with fewer symbols, then the first by name."""
-    worst_first = sorted(models.values(), key=_rank, reverse=True)
-    return {symbol: item for item in worst_first for symbol in item.forecaster.contract.symbols}
-
-
-def _rank(loaded: Loaded) -> tuple[int, str]:
-    contract = loaded.forecaster.contract
-    return len(contract.symbols), contract.forecaster
-
-
-def _latest(
-    state: State, by_symbol: dict[str, Loaded], snapshots: dict[str, Snapshot]
-) -> dict[str, Latest]:
-    latest = {}
-    for symbol, snapshot in snapshots.items():
-        loaded = by_symbol.get(symbol)
-        if loaded is None:
-            continue
-        known = state.latest.get(symbol)
-        if (
-            known is not None
-            and known.snapshot is snapshot
-            and state.by_symbol.get(symbol) is loaded
-        ):
-            latest[symbol] = known
-        else:
-            latest[symbol] = _forecast_snapshot(loaded.forecaster, snapshot)
-    return latest
-
-
-def _forecast_snapshot(forecaster: Forecaster, snapshot: Snapshot) -> Latest:
-    rows = [
-        PriceRow(day, *values) for day, values in zip(snapshot.dates, snapshot.ohlcv, strict=True)
-    ]
-    try:
-        dates, ohlcv = usable_rows(rows, forecaster.contract.context)
-        answer = _forecast(forecaster, snapshot.symbol, dates, ohlcv, rows[-1])
-    except (ProblemError, ModelError) as error:
-        return Latest(snapshot, None, problems.no_prices(snapshot.symbol, str(error)))
-    answer = msgspec.structs.replace(answer, prices_md5=snapshot.dataset_md5, as_of=snapshot.as_of)
-    return Latest(snapshot, answer, None)
-
-
-def _forecast(
-    forecaster: Forecaster,
-    symbol: str,
-    dates: NDArray[np.int64],
-    ohlcv: NDArray[np.float32],
-    origin: PriceRow,
-) -> Forecast:
-    contract = forecaster.contract
-    index = np.array([contract.symbol_index(symbol)], dtype=np.int64)
-    quantiles = _round(forecaster.predict(ohlcv[None], dates[None], index)[0])
-    levels = list(contract.quantile_levels)
-    targets = sessions_after(origin.date, contract.horizon)
-    return Forecast(
-        id=str(uuid4()),
-        symbol=symbol,
-        forecaster=contract.forecaster,
-        model_version=forecaster.version,
-        run_id=contract.run_id,
-        dataset_md5=contract.dataset_md5,
-        prices_md5=None,
-        as_of=origin.date,
-        origin=origin.date,
-        origin_close=origin.close,
-        levels=levels,
-        forecast=[
-            HorizonForecast(step, target, float(np.interp(0.5, levels, row)), row.tolist())
-            for step, (target, row) in enumerate(zip(targets, quantiles, strict=True), start=1)
-        ],
+        tensors = fit([rows], contract, len(rows.days))
+        quantiles = models.open(served).predict(*tensors)
+    except (ProblemError, ModelError, *_TROUBLE) as error:
+        return Latest(served, rows, problem=problems.no_prices(info.symbol, str(error)))
+    (window,) = windows_of_rows([rows], contract, "get", info.dataset_md5)
+    window = msgspec.structs.replace(window, id=_identity(served, info, window))
+    whole, (found,) = numbers(quantiles, contract.quantile_levels)
+    answer = forecast(window, contract, served.version, found)
+    return Latest(
+        served,
+        rows,
+        body=body_of(msgspec.structs.replace(answer, as_of=info.as_of)),
+        window=window,
+        quantiles=whole,
+        answered=Answered(contract.forecaster, served.version, info.symbol, window.origin),
     )
 
 
-def _round(prices: NDArray[np.float32]) -> NDArray[np.float64]:
-    """To seven significant digits, all that float32 has: shorter answers, same numbers."""
-    exact = prices.astype(np.float64)
-    magnitude = np.floor(np.log10(np.maximum(np.abs(exact), 1e-30)))
-    factor = 10.0 ** (6 - magnitude)
-    rounded: NDArray[np.float64] = np.round(exact * factor) / factor
-    return rounded
+def _identity(served: Served, info: PricesInfo, window: Window) -> str:
+    """The same in every worker, so that one forecast is one record of the log."""
+    contract = served.contract
+    parts = (contract.forecaster, served.version, contract.run_id, info.symbol, window.origin)
+    return str(uuid5(NAMESPACE_OID, " ".join(map(str, (*parts, info.as_of, info.dataset_md5)))))
 
 
-def to_prediction(answer: Forecast, source: str) -> Prediction:
-    """The log's record of an answer."""
-    return Prediction(
-        id=answer.id,
-        made_at=datetime.now(UTC),
-        source="get" if source == "get" else "post",
-        symbol=answer.symbol,
-        forecaster=answer.forecaster,
-        model_version=answer.model_version,
-        run_id=answer.run_id,
-        dataset_md5=answer.dataset_md5,
-        prices_md5=answer.prices_md5,
-        origin=answer.origin,
-        origin_close=answer.origin_close,
-        targets=[step.target for step in answer.forecast],
-        levels=answer.levels,
-        quantiles=[step.quantiles for step in answer.forecast],
-    )
-
-
-def _describe(loaded: Loaded) -> ModelInfo:
-    contract = loaded.forecaster.contract
+def _describe(served: Served) -> ModelInfo:
+    contract = served.contract
     return ModelInfo(
         forecaster=contract.forecaster,
-        version=loaded.forecaster.version,
-        loaded_at=loaded.loaded_at,
+        version=served.version,
+        loaded_at=served.loaded_at,
         kind=contract.kind,
         symbols=contract.symbols,
         context=contract.context,

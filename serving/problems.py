@@ -2,7 +2,7 @@
 
 import logging
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 from litestar import Request, Response
@@ -15,16 +15,20 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 5
+_LONGEST = 60
+"""Characters of a client's own value that are told in an error."""
 
 
 class Problem(msgspec.Struct, frozen=True, omit_defaults=True):
     """The body of every error answer."""
 
-    type: str
+    type: Annotated[str, msgspec.Meta(pattern="^/problems/[a-z-]+$")]
     title: str
-    status: int
+    status: Annotated[int, msgspec.Meta(ge=400, le=599)]
     detail: str
     instance: str = ""
+    error: str = ""
+    """`detail` once more, where the Open Inference Protocol's clients look for it."""
 
 
 class ProblemError(PerennialError):
@@ -35,6 +39,9 @@ class ProblemError(PerennialError):
         status: HTTP status.
         title: the kind in words.
         detail: what was expected, what came, what to do.
+
+    Attributes:
+        headers: of the answer, beside those of every problem.
     """
 
     def __init__(self, kind: str, status: int, title: str, detail: str) -> None:
@@ -43,6 +50,13 @@ class ProblemError(PerennialError):
         self.status = status
         self.title = title
         self.detail = detail
+        self.headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else {}
+
+    def problem(self, path: str) -> "Problem":
+        """The body of the answer to a request for `path`."""
+        error = self.detail if path.startswith("/v2") else ""
+        kind = f"/problems/{self.kind}"
+        return Problem(kind, self.title, self.status, self.detail, path, error)
 
 
 def unknown_symbol(symbol: str, served: list[str]) -> ProblemError:
@@ -51,8 +65,19 @@ def unknown_symbol(symbol: str, served: list[str]) -> ProblemError:
         "unknown-symbol",
         404,
         "Unknown symbol",
-        f"One of {_some(served)} was expected; got {symbol!r}. GET /v1/models lists every symbol "
-        "that is served; train and promote a model for another one.",
+        f"One of {_some(served)} was expected; got {_cut(symbol)}. GET /v1/models lists every "
+        "symbol that is served; train and promote a model for another one.",
+    )
+
+
+def unknown_model(name: str, served: list[str]) -> ProblemError:
+    """404: no model of that name, or no version of it, is served."""
+    return ProblemError(
+        "unknown-model",
+        404,
+        "Unknown model",
+        f"One of {_some(served)} was expected; got {_cut(name)}. GET /v1/models lists what is "
+        "served.",
     )
 
 
@@ -92,7 +117,7 @@ def malformed_json(error: Exception) -> ProblemError:
 def invalid_request(error: Exception, expected: str) -> ProblemError:
     """422: JSON of another shape."""
     return ProblemError(
-        "invalid-request", 422, "Invalid request", f"{error}. Expected: {expected}."
+        "invalid-request", 422, "Invalid request", f"{str(error)[:300]}. Expected: {expected}."
     )
 
 
@@ -117,6 +142,28 @@ def too_few_rows(needed: int, got: int) -> ProblemError:
     )
 
 
+def too_many_rows(most: int, got: int) -> ProblemError:
+    """422: a window longer than any model sees."""
+    return ProblemError(
+        "too-many-rows",
+        422,
+        "Too many rows",
+        f"At most {most} rows were expected in one window; got {got}. Only the last `context` of "
+        "them (GET /v1/models) are used: send fewer, or raise PERENNIAL_MAX_ROWS.",
+    )
+
+
+def window_count(most: int, got: int) -> ProblemError:
+    """422: no window, or more than one request may hold."""
+    return ProblemError(
+        "window-count",
+        422,
+        "Number of windows",
+        f"1 to {most} windows were expected in one request; got {got}. Send the rest in further "
+        "requests, or raise PERENNIAL_MAX_WINDOWS.",
+    )
+
+
 def no_forecast(reason: Exception) -> ProblemError:
     """422: the model does not answer to these rows with numbers."""
     return ProblemError("no-forecast", 422, "No forecast for these rows", str(reason))
@@ -138,6 +185,71 @@ def body_too_large(limit_mb: float) -> ProblemError:
     )
 
 
+def unsupported_media_type(got: str, expected: str) -> ProblemError:
+    """415: a body of a kind that the route does not read."""
+    return ProblemError(
+        "unsupported-media-type",
+        415,
+        "Unsupported media type",
+        f"Content-Type {expected} was expected; got {_cut(got or 'none')}.",
+    )
+
+
+def bad_encoding(detail: str, status: int = 400) -> ProblemError:
+    """400 or 415: a compressed body that cannot be read."""
+    return ProblemError("bad-encoding", status, "Bad content encoding", detail)
+
+
+def overloaded(limit: int) -> ProblemError:
+    """503: more requests in progress than the worker takes."""
+    return ProblemError(
+        "overloaded",
+        503,
+        "Overloaded",
+        f"At most {limit} requests are answered at a time by one worker "
+        "(PERENNIAL_MAX_CONCURRENCY); try again after Retry-After seconds.",
+    )
+
+
+def not_open(forecaster: str, reason: Exception) -> ProblemError:
+    """503: a model that was closed and cannot be opened again."""
+    return ProblemError(
+        "no-model", 503, "Model not open", f"{forecaster} cannot be opened again: {reason}"
+    )
+
+
+def not_following() -> ProblemError:
+    """503: a worker whose follower ended."""
+    return ProblemError(
+        "not-following",
+        503,
+        "No longer follows the model store",
+        "This worker answers, but takes up nothing new any more; restart it.",
+    )
+
+
+def no_webhook() -> ProblemError:
+    """404: the server was not told of a webhook."""
+    return ProblemError(
+        "no-webhook",
+        404,
+        "No webhook",
+        "This server takes no webhook; set PERENNIAL_WEBHOOK_SECRET and register it again.",
+    )
+
+
+def internal() -> ProblemError:
+    """500: a defect of the server."""
+    return ProblemError(
+        "internal", 500, "Internal error", "The server failed on this request; its log says more."
+    )
+
+
+def _cut(value: str) -> str:
+    """A client's value in an error text, which stays short."""
+    return repr(value) if len(value) <= _LONGEST else f"{value[:_LONGEST]!r}..."
+
+
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:20])
     return shown if len(names) <= 20 else f"{shown} and {len(names) - 20} more"
@@ -155,11 +267,12 @@ def handlers(max_body_mb: float) -> ExceptionHandlersMap:
 
 
 def _answer(request: Request[Any, Any, Any], error: ProblemError) -> Response[Problem]:
-    problem = Problem(
-        f"/problems/{error.kind}", error.title, error.status, error.detail, request.url.path
+    return Response(
+        error.problem(request.url.path),
+        status_code=error.status,
+        media_type=MEDIA_TYPE,
+        headers=error.headers,
     )
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 503 else {}
-    return Response(problem, status_code=error.status, media_type=MEDIA_TYPE, headers=headers)
 
 
 def _http_problem(request: Request[Any, Any, Any], error: HTTPException) -> Response[Problem]:
@@ -176,11 +289,5 @@ def _http_problem(request: Request[Any, Any, Any], error: HTTPException) -> Resp
 
 def _unexpected(request: Request[Any, Any, Any], error: Exception) -> Response[Problem]:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    problem = Problem(
-        "/problems/internal",
-        "Internal error",
-        500,
-        "The server failed on this request; its log says more.",
-        request.url.path,
-    )
+    problem = internal().problem(request.url.path)
     return Response(problem, status_code=500, media_type=MEDIA_TYPE)

@@ -20,6 +20,7 @@ own and a limit may be passed by `_SWEEP_SECONDS`.
 import asyncio
 import copyreg
 import math
+import secrets
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from uvicorn.server import ServerState
 
 from forecasting.settings import Settings
 from serving.corked import CorkedTransport
+from serving.exchange import SECURITY_HEADERS
 from serving.problems import MEDIA_TYPE, RETRY_AFTER_SECONDS, Problem, ProblemError
 
 MAX_URL_BYTES = 8 * 1024
@@ -128,8 +130,8 @@ def _rendered(problem: ProblemError, headers: list[tuple[bytes, bytes]], with_bo
         *headers,
         (b"content-type", MEDIA_TYPE.encode()),
         (b"content-length", str(len(body)).encode()),
-        (b"x-content-type-options", b"nosniff"),
-        (b"cache-control", b"no-store"),
+        (b"x-request-id", secrets.token_hex(8).encode()),
+        *SECURITY_HEADERS,
         (b"connection", b"close"),
     ]
     if problem.status == 503:

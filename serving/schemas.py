@@ -1,6 +1,7 @@
 """What goes over the wire: requests and answers as msgspec structs."""
 
 from datetime import date, datetime
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -21,6 +22,12 @@ class ForecastRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     symbol: str
     rows: list[PriceRow]
+
+
+class ForecastRequests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Several windows, of any symbols that are served."""
+
+    windows: list[ForecastRequest]
 
 
 ROW_SHAPE = "an object with exactly date (YYYY-MM-DD), open, high, low, close and volume"
@@ -60,6 +67,12 @@ class Forecast(msgspec.Struct, frozen=True):
     forecast: list[HorizonForecast]
 
 
+class Forecasts(msgspec.Struct, frozen=True):
+    """Answers in the order of the windows sent."""
+
+    forecasts: list[Forecast]
+
+
 class Refusal(msgspec.Struct, frozen=True):
     """A model version, or prices, that the server did not let in."""
 
@@ -67,6 +80,7 @@ class Refusal(msgspec.Struct, frozen=True):
     version: int | None
     reason: str
     refused_at: datetime
+    alias: str = "production"
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
@@ -99,10 +113,19 @@ class PricesInfo(msgspec.Struct, frozen=True):
     rows: int
 
 
+class Traffic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which share of requests the challenger computes as well, and of clients it answers."""
+
+    shadow_share: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    canary_share: Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
 class Models(msgspec.Struct, frozen=True):
     """What this server serves, and what it refused and why."""
 
     models: list[ModelInfo]
+    challengers: list[ModelInfo]
+    traffic: Traffic
     refused: list[Refusal]
     prices: list[PricesInfo]
 
@@ -110,4 +133,30 @@ class Models(msgspec.Struct, frozen=True):
 class Health(msgspec.Struct, frozen=True):
     """A health answer."""
 
-    status: str
+    status: Literal["live", "ready"]
+
+
+class InferTensor(msgspec.Struct, frozen=True):
+    """An output tensor of the Open Inference Protocol; `data` is flat, or follows as bytes."""
+
+    name: str
+    datatype: str
+    shape: list[int]
+    data: list[float] = []
+    parameters: dict[str, int] = {}
+
+
+class InferAnswer(msgspec.Struct, frozen=True):
+    """An answer of the Open Inference Protocol."""
+
+    model_name: str
+    model_version: str
+    outputs: list[InferTensor]
+    id: str = ""
+    parameters: dict[str, str] = {}
+
+
+class Predictions(msgspec.Struct, frozen=True):
+    """An answer of MLflow's scoring protocol: to tensors, or to a table of prices."""
+
+    predictions: dict[str, list[list[list[float]]]] | list[dict[str, str | float]]

@@ -3,9 +3,8 @@
 import logging
 import os
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from litestar.enums import ScopeType
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -14,13 +13,11 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from forecasting.predictions import Spool
 from serving.predictor import State
-
-if TYPE_CHECKING:
-    from litestar.types import ASGIApp, Message, Receive, Scope, Send
+from serving.shadow import Shadow
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +25,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Set by `python -m serving web` when there is more than one worker; figures are then summed."""
 
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -45,20 +43,47 @@ class Telemetry:
         self._seconds = Histogram(
             "perennial_request_seconds",
             "Time from a request's head to the end of its answer.",
-            ["method", "route"],
+            ["method", "route", "version"],
             buckets=_BUCKETS,
             registry=registry,
+        )
+        self._in_progress = Gauge(
+            "perennial_requests_in_progress",
+            "Requests that are being answered.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._batches = Histogram(
+            "perennial_batch_windows",
+            "Windows that were computed together.",
+            buckets=_BATCHES,
+            registry=registry,
+        )
+        self._rows = Counter(
+            "perennial_rows", "Rows of prices that forecasts were computed from.", registry=registry
+        )
+        self._shadow = Counter(
+            "perennial_shadow_windows",
+            "Windows for the challenger's shadow, computed or shed.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._open = Gauge(
+            "perennial_models_open",
+            "Models in memory.",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self._swaps = Counter(
             "perennial_model_swaps",
             "Model versions taken up.",
-            ["forecaster"],
+            ["forecaster", "role"],
             registry=registry,
         )
         self._version = Gauge(
             "perennial_model_version",
             "Version being served.",
-            ["forecaster"],
+            ["forecaster", "role"],
             registry=registry,
             multiprocess_mode="livemin",
         )
@@ -80,17 +105,29 @@ class Telemetry:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self._seen = (0, 0)
+        self._spool_bytes = Gauge(
+            "perennial_spool_bytes",
+            "Prediction log on disk that is not in SQL yet: by how much the drainer lags.",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._lag = Gauge(
+            "perennial_spool_lag_seconds",
+            "Age of the oldest forecast that is not in SQL yet.",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
+        self._seen = {"written": 0, "failures": 0, "scored": 0, "shed": 0}
 
     def swapped(self, before: State, after: State) -> None:
         """Count and log what a refresh changed."""
-        for name, loaded in after.models.items():
-            if before.models.get(name) is loaded:
-                continue
-            version = loaded.forecaster.version
-            self._swaps.labels(name).inc()
-            self._version.labels(name).set(version)
-            log.info("serving %s version %d", name, version)
+        for role in ("champions", "challengers"):
+            for name, served in getattr(after, role).items():
+                if getattr(before, role).get(name) is served:
+                    continue
+                self._swaps.labels(name, role[:-1]).inc()
+                self._version.labels(name, role[:-1]).set(served.version)
+                log.info("serving %s version %d as %s", name, served.version, role[:-1])
         for key, refusal in after.refused.items():
             if before.refused.get(key) != refusal:
                 self._refusals.labels(refusal.name).inc()
@@ -98,47 +135,48 @@ class Telemetry:
                     "refused %s version %s: %s", refusal.name, refusal.version, refusal.reason
                 )
 
-    def spooled(self, spool: Spool) -> None:
-        """Take the spool's own counters over."""
-        written, failures = spool.written, spool.failures
-        self._logged.inc(written - self._seen[0])
-        self._failures.inc(failures - self._seen[1])
-        self._pending.set(spool.pending)
-        self._seen = (written, failures)
+    def computed(self, windows: int, rows: int) -> None:
+        """Count one batch."""
+        self._batches.observe(windows)
+        self._rows.inc(rows)
 
-    def answered(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count one request."""
+    def looked(self, spool: Spool, shadow: Shadow, models_open: int, in_progress: int) -> None:
+        """Take over what others count themselves."""
+        self._logged.inc(self._since("written", spool.written))
+        self._failures.inc(self._since("failures", spool.failures))
+        self._shadow.labels("computed").inc(self._since("scored", shadow.scored))
+        self._shadow.labels("shed").inc(self._since("shed", shadow.shed))
+        self._pending.set(spool.pending)
+        self._spool_bytes.set(spool.bytes)
+        self._lag.set(time.time() - spool.oldest if spool.oldest else 0.0)
+        self._open.set(models_open)
+        self._in_progress.set(in_progress)
+
+    def answered(self, method: str, route: str, version: str, status: int, seconds: float) -> None:
+        """Count one request; `version` of the model that answered it, if one did."""
         self._requests.labels(method, route, str(status)).inc()
-        self._seconds.labels(method, route).observe(seconds)
+        self._seconds.labels(method, route, version).observe(seconds)
+
+    def _since(self, name: str, total: int) -> int:
+        grown, self._seen[name] = total - self._seen[name], total
+        return grown
 
     def render(self) -> bytes:
         """Everything in Prometheus text format, of all workers if there are several."""
-        if MULTIPROCESS_VARIABLE not in os.environ:
+        folder = os.environ.get(MULTIPROCESS_VARIABLE)
+        if folder is None:
             return generate_latest(self._registry)
+        forget_dead_workers(Path(folder))
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)
 
 
-def measured(app: "ASGIApp", telemetry: Telemetry) -> "ASGIApp":
-    """`app`, with every HTTP answer counted, unmatched paths and errors included."""
-
-    async def outer(scope: "Scope", receive: "Receive", send: "Send") -> None:
-        if scope["type"] != ScopeType.HTTP:
-            await app(scope, receive, send)
-            return
-        start, status = time.perf_counter(), 500
-
-        async def watch(message: "Message") -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+def forget_dead_workers(folder: Path) -> None:
+    """Drop the gauges of workers that are gone; their counts stay."""
+    for path in folder.glob("gauge_live*_*.db"):
+        number = int(path.stem.rpartition("_")[2])
         try:
-            await app(scope, receive, watch)
-        finally:
-            route = scope.get("path_template") or "unmatched"
-            telemetry.answered(scope["method"], route, status, time.perf_counter() - start)
-
-    return outer
+            os.kill(number, 0)
+        except ProcessLookupError:
+            mark_process_dead(number, str(folder))  # type: ignore[no-untyped-call]

@@ -2,19 +2,28 @@
 
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx
+
+WEBHOOKS = {
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "https,http",
+    "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+    "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlYyE=",
+}
+"""Environment of an MLflow server that sends webhooks to this machine."""
 
 
 def free_port() -> int:
@@ -25,8 +34,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def mlflow_server(home: Path) -> Iterator[str]:
-    """An `mlflow server` (SQLite, artifacts through the server) with its own home; its address."""
+def mlflow_server(home: Path, extra: Mapping[str, str] | None = None) -> Iterator[str]:
+    """An `mlflow server` (SQLite, artifacts through the server) with its own home; its address.
+
+    `extra` goes into its environment, see `WEBHOOKS`.
+    """
     home.mkdir(parents=True, exist_ok=True)
     url = f"http://127.0.0.1:{free_port()}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
@@ -36,6 +48,7 @@ def mlflow_server(home: Path) -> Iterator[str]:
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        **(extra or {}),
     }
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(
@@ -75,22 +88,25 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 class InferenceServer:
     """Answers GET /v1/models like the inference server; `models` and `refused` are set by tests.
 
-    `on_ask` is called before each answer.
+    `on_ask` is called before each answer; `keys` holds the Authorization header of each request.
     """
 
     def __init__(self) -> None:
         self.models: dict[str, int] = {}
         self.refused: list[dict[str, Any]] = []
         self.on_ask: Callable[[], object] = lambda: None
+        self.status = 200
+        self.keys: list[str | None] = []
         self.asked = 0
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 outer.asked += 1
+                outer.keys.append(self.headers["Authorization"])
                 outer.on_ask()
                 body = json.dumps(outer.answer()).encode()
-                self.send_response(200 if self.path == "/v1/models" else 404)
+                self.send_response(outer.status if self.path == "/v1/models" else 404)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -115,3 +131,82 @@ class InferenceServer:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+
+@contextmanager
+def _serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@contextmanager
+def answering(status: int, kind: str, body: bytes) -> Iterator[str]:
+    """A server that gives every GET the same answer; its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with _serving(Handler) as url:
+        yield url
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One POST that came, and when."""
+
+    headers: dict[str, str]
+    body: bytes
+    at: float
+
+
+class HookListener:
+    """Takes every POST and keeps it; `url` is where."""
+
+    def __init__(self) -> None:
+        self._came: queue.Queue[Delivery] = queue.Queue()
+        came = self._came
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                at = time.perf_counter()
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(204)
+                self.end_headers()
+                came.put(Delivery(dict(self.headers), body, at))
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self._serving = _serving(Handler)
+        self.url = ""
+
+    def __enter__(self) -> "HookListener":
+        self.url = f"{self._serving.__enter__()}/hooks/registry"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._serving.__exit__(None, None, None)
+
+    @property
+    def waiting(self) -> int:
+        """Deliveries that nobody took yet."""
+        return self._came.qsize()
+
+    def wait(self, seconds: float = 30) -> Delivery:
+        """The next delivery."""
+        return self._came.get(timeout=seconds)

@@ -2,8 +2,10 @@
 
 import json
 import time
+from base64 import b64encode
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, date, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -16,12 +18,14 @@ from prefect.events.filters import EventFilter, EventOccurredFilter, EventResour
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from forecasting import events
-from forecasting.events import DriftDetected
+from forecasting.events import MOST_AT_ONCE, DriftDetected, ModelRefused
 from forecasting.settings import Settings
 from forecasting.store import engine_of, outbox
-from tasks.events import MOST_AT_ONCE, deliver
+from tasks.events import deliver
 from tests.flows.support import rows_of
+from tests.postgres import postgres_schema
 from tests.services import free_port
+from tests.serving.running import started, until
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -31,6 +35,7 @@ class Relay:
 
     def __init__(self, api: str) -> None:
         self.posted: list[bytes] = []
+        self.credentials: list[str | None] = []
         self.lose_answers = False
         outer = self
 
@@ -47,6 +52,7 @@ class Relay:
                 answer = httpx.request(
                     self.command, f"{api}{self.path}", content=body, headers=headers
                 )
+                outer.credentials.append(self.headers["Authorization"])
                 status, content = answer.status_code, answer.content
                 if (self.command, self.path) == ("POST", "/events"):
                     outer.posted.append(body)
@@ -102,10 +108,10 @@ def put(settings: Settings, symbol: str) -> UUID:
         )
 
 
-def told(symbol: str) -> list[tuple[UUID, str, object]]:
-    """Events about a symbol that Prefect lists."""
+def told(symbol: str, kind: str = "symbol") -> list[tuple[UUID, str, object]]:
+    """Events about a symbol (or forecaster) that Prefect lists."""
     wanted = EventFilter(
-        resource=EventResourceFilter(id=[f"perennial.symbol.{symbol}"]),
+        resource=EventResourceFilter(id=[f"perennial.{kind}.{symbol}"]),
         occurred=EventOccurredFilter(since=datetime(2020, 1, 1, tzinfo=UTC)),
     )
     with get_client(sync_client=True) as client:
@@ -113,10 +119,10 @@ def told(symbol: str) -> list[tuple[UUID, str, object]]:
     return [(event.id, event.event, event.payload["version"]) for event in found]
 
 
-def await_told(symbol: str, count: int) -> None:
+def await_told(symbol: str, count: int, kind: str = "symbol") -> None:
     """Return once Prefect lists `count` events about a symbol (it stores them in batches)."""
     deadline = time.monotonic() + 30
-    while len(told(symbol)) < count:
+    while len(told(symbol, kind)) < count:
         assert time.monotonic() < deadline, f"{count} events about {symbol} were expected"
         time.sleep(0.2)
 
@@ -185,3 +191,84 @@ def test_an_event_that_arrived_though_its_answer_was_lost_is_not_posted_twice(se
     assert str(identity) not in relay.posted[1].decode()
     assert {each for each, *_ in told("LOST")} == {identity, new}
     assert outbox_of(settings) == [(2, True), (1, True)]
+
+
+# without a flow: `python -m serving drain` --------------------------------------------------------
+
+
+def refuse(settings: Settings, forecaster: str) -> UUID:
+    """A refusal, in the outbox."""
+    event = ModelRefused(forecaster=forecaster, version=3, reason="altered", where="sync")
+    with engine_of(settings.sql_url) as engine:
+        return events.put(engine, event)
+
+
+def draining(settings: Settings, api: str, monkeypatch: pytest.MonkeyPatch, **changes: str):
+    """`serving drain`, told of a Prefect server by the environment alone."""
+    monkeypatch.setenv("PREFECT_API_URL", api)
+    for key, value in changes.items():
+        monkeypatch.setenv(key, value)
+    return started("drain", settings.home)
+
+
+def test_the_drainer_delivers_a_refusal_at_once_and_once(settings, relay, monkeypatch):
+    with draining(settings, relay.url, monkeypatch) as drain:
+        until(lambda: drain.logged("delivering events to"), "the start")
+        identity = refuse(settings, "drained")
+        await_told("drained", 1, "forecaster")
+        until(lambda: outbox_of(settings) == [(1, True)], "the note of it")
+        (event,) = json.loads(relay.posted[0])
+        assert event["payload"]["reason"] == "altered"
+        assert told("drained", "forecaster") == [(identity, "perennial.model.refused", 3)]
+        assert drain.stop() == 0
+        assert len(relay.posted) == 1
+
+
+def test_the_drainer_keeps_events_while_prefect_is_away_and_says_so_once(
+    settings, relay, monkeypatch
+):
+    relay.lose_answers = True
+    refuse(settings, "patient")
+    with draining(settings, relay.url, monkeypatch) as drain:
+        until(lambda: drain.logged("events wait in the outbox"), "the complaint")
+        relay.lose_answers = False
+        until(lambda: outbox_of(settings)[0][1], "the delivery")
+        assert len(relay.posted) == 1, "it had arrived although its answer was lost"
+        assert drain.log.count("events wait in the outbox") == 1
+        assert "Traceback" not in drain.log
+        assert drain.stop() == 0
+
+
+def test_the_drainer_sends_prefects_credentials(settings, relay, monkeypatch):
+    refuse(settings, "secret")
+    with draining(settings, relay.url, monkeypatch, PREFECT_API_AUTH_STRING="admin:pass") as drain:
+        await_told("secret", 1, "forecaster")
+        assert f"Basic {b64encode(b'admin:pass').decode()}" in relay.credentials
+        assert "pass" not in drain.log
+
+
+def test_without_a_prefect_server_events_wait(settings, monkeypatch):
+    refuse(settings, "waiting")
+    with draining(settings, "", monkeypatch) as drain:
+        until(lambda: drain.logged("draining"), "the start")
+        assert drain.stop() == 0
+    assert outbox_of(settings) == [(0, False)]
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_deliveries_at_once_post_an_event_once(settings, relay, database):
+    """As a flow and the drainer do: each with an engine of its own."""
+    with postgres_schema() if database == "postgresql" else nullcontext(settings.sql_url) as url:
+        with engine_of(url) as engine:
+            for version in range(3):
+                reason = {"reason": "altered", "where": "web"}
+                events.put(engine, ModelRefused(forecaster=database, version=version, **reason))
+
+        def send(_: int) -> int:
+            with engine_of(url) as engine, httpx.Client(base_url=relay.url) as client:
+                return events.deliver(engine, lambda path, body: client.post(path, json=body))
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sorted(pool.map(send, range(4))) == [0, 0, 0, 3]
+    posted = [event["id"] for body in relay.posted for event in json.loads(body)]
+    assert len(posted) == len(set(posted)) == 3

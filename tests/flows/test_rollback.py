@@ -64,7 +64,13 @@ def two_versions(
 ) -> None:
     """Version 1 was in production, version 2 is; the server follows the alias."""
     server.refused = []
-    server.on_ask = lambda: server.models.update(registry.production_versions())
+    server.on_ask = lambda: server.models.update(
+        {
+            name: aliases[PRODUCTION]
+            for name, aliases in registry.served_versions().items()
+            if PRODUCTION in aliases
+        }
+    )
     for version in (1, 2):
         promotion.promote(settings, registry, engine, NAME, version, "me", "to begin with")
     registry.set_alias(NAME, PREVIOUS, 1)

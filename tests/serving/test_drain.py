@@ -1,5 +1,6 @@
 """`python -m serving drain`: from the spool into SQL, whatever happens to the database."""
 
+import json
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 from forecasting.predictions import Spool
 from tests.postgres import ADDRESS, postgres_schema
 from tests.predictions import make_prediction
-from tests.serving.running import install, put_prices, started, until, web
+from tests.serving.running import install, put_prices, request_body, started, until, web
+from tests.serving.test_reload import install_damaged
 
 
 def rows(database: Path) -> int:
@@ -21,6 +23,11 @@ def rows(database: Path) -> int:
             return int(connection.execute("SELECT count(*) FROM predictions").fetchone()[0])
         except sqlite3.OperationalError:
             return 0
+
+
+def answers(database: Path) -> int:
+    with closing(sqlite3.connect(database, timeout=30)) as connection:
+        return int(connection.execute("SELECT sum(answers) FROM answer_counts").fetchone()[0] or 0)
 
 
 @pytest.fixture
@@ -35,8 +42,10 @@ def test_answers_arrive_in_sql_while_the_server_runs(tmp_path):
     put_prices(tmp_path)
     with web(tmp_path) as server, started("drain", tmp_path) as drain:
         for _ in range(4):
+            server.client.post("/v1/forecast", json=request_body())
             server.get("/v1/forecast/GOOG")
-        until(lambda: rows(tmp_path / "perennial.db") == 20, "4 answers of 5 horizons in SQL")
+        until(lambda: rows(tmp_path / "perennial.db") == 25, "5 forecasts of 5 horizons in SQL")
+        until(lambda: answers(tmp_path / "perennial.db") == 4, "4 answers counted")
         assert list((tmp_path / "spool").glob("*.jsonl")), "the server still writes this one"
         server.stop()
         until(lambda: not list((tmp_path / "spool").glob("web*")), "the segment to be removed")
@@ -131,3 +140,26 @@ def test_an_address_that_is_none_ends_the_drainer_with_a_message(tmp_path, spool
         assert drain.popen.wait(30) == 2
         assert "PERENNIAL_DATABASE_URL should be a SQLAlchemy URL" in drain.log
         assert "Traceback" not in drain.log
+
+
+def test_a_version_that_a_worker_refuses_is_told_once(tmp_path):
+    install(tmp_path, 1)
+    put_prices(tmp_path)
+    with web(tmp_path, web_workers=2) as server, started("drain", tmp_path):
+        server.get("/v1/forecast/GOOG")
+        until(lambda: rows(tmp_path / "perennial.db") == 5, "the database")
+        install_damaged(tmp_path, 2)
+        until(lambda: server.get("/v1/models").json()["refused"], "the refusal")
+
+        def told() -> list[tuple[str, str]]:
+            database = tmp_path / "perennial.db"
+            with closing(sqlite3.connect(database, timeout=30)) as connection:
+                return connection.execute("SELECT name, payload FROM outbox").fetchall()
+
+        ((name, payload),) = until(told, "the event")
+        assert name == "perennial.model.refused"
+        assert json.loads(payload)["version"] == 2
+        assert "altered" in json.loads(payload)["reason"]
+        server.stop()
+        until(lambda: not list((tmp_path / "spool").glob("web*")), "all to be drained")
+        assert len(told()) == 1

@@ -76,7 +76,7 @@ def test_every_answer_is_in_the_log_under_its_id(server):
     answers = [server.get("/v1/forecast/GOOG").json(), post(server, request_body()).json()]
     with open_segments(server.home / "spool") as segments:
         batches = [segment.read() for segment in segments]
-    logged = {record.id: record for batch in batches if batch for _, record in batch.records}
+    logged = {record.id: record for batch in batches if batch for record in batch.records}
     for answer, source in zip(answers, ("get", "post"), strict=True):
         record = logged[answer["id"]]
         assert (record.source, record.model_version) == (source, 3)
@@ -220,10 +220,10 @@ def test_metrics(server):
     text = response.text
     route = 'method="GET",route="/v1/forecast/{symbol}"'
     assert f'perennial_requests_total{{{route},status="200"}}' in text
-    assert f'perennial_request_seconds_bucket{{le="0.005",{route}}}' in text
+    assert f'perennial_request_seconds_bucket{{le="0.005",{route},version="3"}}' in text
     assert 'perennial_requests_total{method="GET",route="unmatched",status="404"}' in text
-    assert 'perennial_model_swaps_total{forecaster="perennial-goog"} 1.0' in text
-    assert 'perennial_model_version{forecaster="perennial-goog"} 3.0' in text
+    assert 'perennial_model_swaps_total{forecaster="perennial-goog",role="champion"} 1.0' in text
+    assert 'perennial_model_version{forecaster="perennial-goog",role="champion"} 3.0' in text
     written = re.search(r"^perennial_spool_writes_total (\S+)", text, re.MULTILINE)
     assert written
     assert float(written[1]) >= 1
@@ -233,7 +233,7 @@ def test_openapi_has_examples_of_answers_and_problems(server):
     schema = server.get("/schema/openapi.json").json()
     post_spec = schema["paths"]["/v1/forecast"]["post"]
     body = post_spec["requestBody"]["content"]["application/json"]
-    assert body["examples"]["rows"]["value"]["symbol"] == "GOOG"
+    assert body["examples"]["example"]["value"]["symbol"] == "GOOG"
     assert set(post_spec["responses"]) >= {"200", "400", "404", "413", "422", "503"}
     problems = post_spec["responses"]["422"]["content"]["application/problem+json"]
     assert set(problems["examples"]) == {

@@ -46,7 +46,8 @@ def test_without_a_model_it_lives_but_is_not_ready_until_one_comes(tmp_path):
             assert response.status_code == 503
             assert response.json()["type"] == "/problems/no-model"
             assert int(response.headers["retry-after"]) > 0
-        assert server.get("/v1/models").json() == {"models": [], "refused": [], "prices": []}
+        listed = server.get("/v1/models").json()
+        assert {name for name, value in listed.items() if value} == {"traffic"}
         put_prices(tmp_path)
         install(tmp_path, 1)
         server.wait_version(1)
@@ -110,7 +111,13 @@ def test_hot_swap_under_clients_fails_nobody_and_mixes_nothing(tmp_path, workers
     assert "Traceback" not in log
     with open_segments(tmp_path / "spool") as segments:
         read = [batch for segment in segments for batch in iter(segment_reader(segment), None)]
-    assert sum(len(batch.records) for batch in read) == sum(seen.values())
+    posted = [record for batch in read for record in batch.records if record.source == "post"]
+    totals: dict[tuple[str, int], int] = {}
+    for counted in (each for batch in read for each in batch.counts):
+        totals[counted.writer, counted.model_version] = counted.answers
+    assert len(posted) + sum(totals.values()) == sum(seen.values())
+    computed = {r.model_version: r.id for batch in read for r in batch.records if r.source == "get"}
+    assert set(computed) == {version for _, version in totals}
 
 
 def segment_reader(segment):
@@ -248,7 +255,7 @@ def test_every_answer_is_on_disk_after_sigterm_under_load(tmp_path):
     assert status == 0, server.log
     with open_segments(tmp_path / "spool") as segments:
         batches = [batch for segment in segments for batch in iter(segment_reader(segment), None)]
-    assert set(answered) <= {record.id for batch in batches for _, record in batch.records}
+    assert set(answered) <= {record.id for batch in batches for record in batch.records}
     assert not [line for batch in batches for line in batch.bad]
 
 
@@ -294,6 +301,6 @@ def test_metrics_of_several_workers_are_summed(tmp_path):
         line = 'perennial_requests_total{method="GET",route="/v1/forecast/{symbol}",status="200"} '
         until(lambda: f"{line}20.0" in server.get("/metrics").text, "20 requests counted")
         assert (
-            'perennial_model_version{forecaster="perennial-goog"} 1.0'
+            'perennial_model_version{forecaster="perennial-goog",role="champion"} 1.0'
             in server.get("/metrics").text
         )

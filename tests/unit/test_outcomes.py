@@ -10,9 +10,9 @@ from sqlalchemy import Engine, func, select
 from forecasting import outcomes
 from forecasting.contract import QUANTILE_LEVELS
 from forecasting.errors import ServiceError
-from forecasting.predictions import Prediction, Spool
+from forecasting.predictions import Answered, Prediction, Spool
 from forecasting.sessions import sessions_between
-from forecasting.store import open_engine
+from forecasting.store import answer_counts, open_engine
 from forecasting.store import predictions as table
 from tests.postgres import postgres_schema
 from tests.predictions import make_prediction
@@ -51,6 +51,28 @@ def test_drain_stores_a_row_per_horizon_and_removes_the_segment(engine, tmp_path
     assert (row.target, row.levels) == (records[0].targets[1], list(QUANTILE_LEVELS))
     assert row.quantiles == records[0].quantiles[1]
     assert row.prices_md5 == "p" * 32
+
+
+def test_counts_are_kept_as_the_largest_total_of_each_writer(engine, tmp_path):
+    key = Answered("perennial-goog", 3, "GOOG", date(2008, 1, 2))
+    spools = [Spool(tmp_path, "web"), Spool(tmp_path, "web")]
+    for times, spool in zip((2, 5), spools, strict=True):
+        for _ in range(times):
+            spool.count(key)
+        spool.flush()
+    outcomes.drain(engine, tmp_path)
+    spools[0].count(key)
+    for spool in spools:
+        spool.close()
+    for offset in tmp_path.glob("*.offset"):
+        offset.unlink()  # all of it is read once more
+    assert outcomes.drain(engine, tmp_path) == 0
+    with engine.connect() as connection:
+        rows = connection.execute(select(answer_counts)).all()
+    assert sorted(row.answers for row in rows) == [3, 5]
+    assert {(row.symbol, row.model_version, row.origin) for row in rows} == {
+        ("GOOG", 3, date(2008, 1, 2))
+    }
 
 
 def test_draining_the_same_lines_twice_stores_them_once(engine, tmp_path):

@@ -1,20 +1,34 @@
 import subprocess
 import sys
 import threading
+from collections import Counter
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from forecasting import predictions
 from forecasting.errors import ServiceError
-from forecasting.predictions import Prediction, Spool, has_undrained, open_segments
+from forecasting.predictions import (
+    Answered,
+    Counted,
+    Prediction,
+    Spool,
+    Window,
+    computed_line,
+    has_undrained,
+    json_numbers,
+    open_segments,
+)
+from tests.models import write_model_folder
 from tests.predictions import make_prediction
 
 
 def read_all(folder: Path) -> list[Prediction]:
     with open_segments(folder) as segments:
-        return [record for item in segments if (b := item.read()) for _, record in b.records]
+        return [record for item in segments if (b := item.read()) for record in b.records]
 
 
 def test_a_line_is_on_disk_when_append_returns(tmp_path):
@@ -158,3 +172,91 @@ def test_a_record_whose_parts_do_not_fit_is_no_record(tmp_path):
     record["quantiles"][2].pop()
     with pytest.raises(msgspec.ValidationError, match="fit together"):
         msgspec.convert(record, Prediction)
+
+
+def answered(day: int = 2, version: int = 1) -> Answered:
+    return Answered("perennial-goog", version, "GOOG", date(2008, 1, day))
+
+
+def counts_in(folder: Path) -> list[Counted]:
+    with open_segments(folder) as segments:
+        return [each for item in segments if (batch := item.read()) for each in batch.counts]
+
+
+def test_a_line_of_several_windows_is_a_record_each(tmp_path):
+    contract = write_model_folder(tmp_path / "model")
+    spool = Spool(tmp_path / "spool", "web")
+    records = [make_prediction(), make_prediction(close=90.0)]
+    windows = [
+        Window(r.id, "post", r.symbol, None, r.origin, r.origin_close, r.targets) for r in records
+    ]
+    quantiles = np.array([r.quantiles for r in records], dtype=np.float32)
+    spool.write(computed_line(contract, 7, windows, json_numbers(quantiles)), 2)
+    assert spool.written == 2
+    found = read_all(tmp_path / "spool")
+    assert [(r.id, r.source, r.model_version, r.prices_md5) for r in found] == [
+        (r.id, "post", 7, None) for r in records
+    ]
+    np.testing.assert_array_equal(np.array([r.quantiles for r in found], np.float32), quantiles)
+    spool.close()
+
+
+def test_counts_are_totals_that_go_out_with_a_flush(tmp_path):
+    spool = Spool(tmp_path, "web")
+    for _ in range(3):
+        spool.count(answered())
+    spool.count(answered(version=2))
+    assert not list(tmp_path.glob("*"))
+    assert spool.flush()
+    assert sorted((each.model_version, each.answers) for each in counts_in(tmp_path)) == [
+        (1, 3),
+        (2, 1),
+    ]
+    spool.count(answered())
+    spool.close()
+    totals = [each for each in counts_in(tmp_path) if each.model_version == 1]
+    assert [each.answers for each in totals] == [3, 4]
+    assert len({each.writer for each in totals}) == 1
+
+
+def test_a_writer_with_many_counts_goes_on_under_another_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "MOST_COUNTED", 2)
+    spool = Spool(tmp_path, "web")
+    for day in (2, 3, 4):
+        spool.count(answered(day))
+    spool.flush()
+    spool.count(answered(2))
+    spool.close()
+    by_writer = Counter(each.writer for each in counts_in(tmp_path))
+    assert sorted(by_writer.values()) == [1, 3]
+
+
+def test_a_full_spool_takes_nothing_until_it_is_drained(tmp_path):
+    spool = Spool(tmp_path, "web", most_bytes=3000)
+    spool.measure()
+    while spool.bytes < 3000:
+        spool.append(make_prediction())
+        spool.measure()
+    with pytest.raises(ServiceError, match="PERENNIAL_SPOOL_MAX_MB"):
+        spool.append(make_prediction())
+    spool.close()
+    for path in tmp_path.glob("*.jsonl"):
+        path.unlink()
+    spool.measure()
+    spool.append(make_prediction())
+    spool.close()
+
+
+def test_the_age_of_what_is_not_drained_is_known(tmp_path):
+    spool = Spool(tmp_path, "web")
+    record = make_prediction(made_at=datetime(2026, 1, 1, tzinfo=UTC))
+    spool.append(record)
+    spool.append(make_prediction(made_at=datetime(2026, 1, 2, tzinfo=UTC)))
+    spool.measure()
+    assert spool.oldest == record.made_at.timestamp()
+    with open_segments(tmp_path) as segments:
+        for segment in segments:
+            segment.commit(segment.read(), [])
+    spool.measure()
+    assert spool.oldest == 0
+    spool.close()

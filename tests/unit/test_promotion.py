@@ -7,17 +7,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy import Engine, create_engine, text
 
 from forecasting import promotion
-from forecasting.errors import OvertakenError, RegistryError, ServiceError
+from forecasting.errors import (
+    ConfigError,
+    ContractError,
+    OvertakenError,
+    PerennialError,
+    RegistryError,
+    ServiceError,
+)
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
+from forecasting.signing import verify
 from forecasting.store import open_engine
+from tests.keys import write_pair
 from tests.models import write_model_folder
 from tests.services import InferenceServer, free_port
 
@@ -254,6 +264,148 @@ def test_two_at_once_take_turns(
     assert registry.aliases(NAME) == {PRODUCTION: lines[0].version, PREVIOUS: lines[1].version}
 
 
+# the server's key --------------------------------------------------------------------------------
+
+
+def test_the_server_is_asked_with_the_key(
+    asking: Settings, registry: Registry, engine: Engine, server: InferenceServer
+) -> None:
+    server.models[NAME] = 1
+    keyed = asking.model_copy(update={"server_key": SecretStr(" k3y\n")})
+    assert promote(keyed, registry, engine, 1).confirmed
+    promote(asking, registry, engine, 1)
+    assert (server.keys[0], server.keys[-1]) == ("Bearer k3y", None)
+
+
+@pytest.mark.parametrize(
+    ("status", "key", "says"),
+    [
+        (401, "", "PERENNIAL_SERVER_KEY is not set"),
+        (401, "wrong-key", "PERENNIAL_SERVER_KEY is unknown or no longer valid"),
+        (403, "wrong-key", "PERENNIAL_SERVER_KEY may not read it"),
+    ],
+)
+def test_a_server_that_denies_the_key_is_not_waited_for_and_the_key_is_never_told(
+    status: int,
+    key: str,
+    says: str,
+    asking: Settings,
+    registry: Registry,
+    engine: Engine,
+    server: InferenceServer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server.status = status
+    changes = {"server_key": SecretStr(key), "confirm_seconds": 60.0}
+    caplog.set_level("DEBUG")
+    start = time.monotonic()
+    result = promote(asking.model_copy(update=changes), registry, engine, 1)
+    assert time.monotonic() - start < 20
+    assert not result.confirmed
+    assert says in result.served
+    assert states(engine) == [(1, "moved")], "it stands: the server's word is missing, not bad"
+    assert "wrong-key" not in result.served + caplog.text
+
+
+# signatures --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    return write_pair(tmp_path / "keys")
+
+
+def signing(settings: Settings, key: Path) -> Settings:
+    return settings.model_copy(update={"signing_key": str(key)})
+
+
+def require_signed(registry: Registry, version: int, public: Path) -> None:
+    tags = registry.version(NAME, version).tags
+    verify(public, NAME, version, tags["contract_sha256"], tags["signature"])
+
+
+def test_a_promoted_version_is_signed_before_its_alias_moves(
+    asking: Settings,
+    registry: Registry,
+    engine: Engine,
+    server: InferenceServer,
+    keys: tuple[Path, Path],
+) -> None:
+    server.models[NAME] = 1
+    promote(asking, registry, engine, 1)
+    assert "signature" not in registry.version(NAME, 1).tags, "no key, no signature"
+    server.models[NAME] = 2
+    signed: list[bool] = []
+    server.on_ask = lambda: signed.append("signature" in registry.version(NAME, 2).tags)
+    promote(signing(asking, keys[0]), registry, engine, 2)
+    assert all(signed)
+    require_signed(registry, 2, keys[1])
+    server.models[NAME] = 1
+    promote(signing(asking, keys[0]), registry, engine, 1)
+    require_signed(registry, 1, keys[1])
+
+
+class CountsTags(Registry):
+    """A registry that counts what is tagged."""
+
+    tagged = 0
+
+    def tag_version(self, forecaster: str, version: int, tags: Mapping[str, str]) -> None:
+        self.tagged += 1
+        super().tag_version(forecaster, version, tags)
+
+
+def test_a_signature_is_written_once_and_anew_for_another_key(
+    settings: Settings, registry: Registry, engine: Engine, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    promote(settings, registry, engine, 1)
+    counting = CountsTags(registry.uri, registry.artifacts)
+    for _ in range(2):
+        promote(signing(settings, keys[0]), counting, engine, 1)
+    assert counting.tagged == 1, "also of the version that is in production already"
+    other, public = write_pair(tmp_path / "others")
+    promote(signing(settings, other), counting, engine, 1)
+    assert counting.tagged == 2
+    require_signed(registry, 1, public)
+    registry.tag_version(NAME, 1, {"signature": "forged"})
+    promote(signing(settings, other), registry, engine, 1)
+    require_signed(registry, 1, public)
+
+
+@pytest.mark.parametrize("fault", ["files", "contract", "key"])
+def test_what_cannot_be_signed_is_not_promoted(
+    fault: str,
+    settings: Settings,
+    registry: Registry,
+    engine: Engine,
+    keys: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    key, says = keys[0], "should have a contract.json of sha256"
+    error: type[PerennialError] = ContractError
+    if fault == "files":
+        damage(registry)
+        says = r"model\.onnx is altered"
+    elif fault == "contract":
+        registry.tag_version(NAME, 3, {"contract_sha256": "0" * 64})
+    else:
+        key, error, says = tmp_path / "gone.pem", ConfigError, "PERENNIAL_SIGNING_KEY"
+    with pytest.raises(error, match=says):
+        promote(signing(settings, key), registry, engine, 3)
+    assert "signature" not in registry.version(NAME, 3).tags
+    assert registry.aliases(NAME) == {}
+    assert promotion.history(engine, NAME) == []
+
+
+def test_a_version_refused_as_challenger_is_judged_anew_in_production(
+    asking: Settings, registry: Registry, engine: Engine, server: InferenceServer
+) -> None:
+    reason = {"name": NAME, "version": 1, "reason": "no signature", "alias": "challenger"}
+    server.refused = [reason]
+    server.on_ask = lambda: server.models.update({NAME: 1} if server.asked > 2 else {})
+    assert promote(asking, registry, engine, 1).confirmed
+
+
 # killed on the way -------------------------------------------------------------------------------
 
 DIES = """
@@ -262,7 +414,9 @@ from pathlib import Path
 from forecasting import promotion
 from forecasting.registry import Registry
 from forecasting.settings import load_settings
+from forecasting.signing import verify
 from forecasting.store import open_engine
+from tests.keys import write_pair
 
 class Dies(Registry):
     moves = 0

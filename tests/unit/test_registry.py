@@ -1,5 +1,6 @@
 """The registry against real MLflow: embedded in SQLite, and behind a server."""
 
+import json
 import os
 import socket
 import subprocess
@@ -14,11 +15,19 @@ import pytest
 from mlflow import MlflowClient
 
 from forecasting.contract import MODEL_FILE, read_contract, verify_files
-from forecasting.errors import ContractError, RegistryError
-from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
-from forecasting.settings import load_settings
+from forecasting.errors import ConfigError, ContractError, RegistryError
+from forecasting.registry import (
+    CHALLENGER,
+    PREVIOUS,
+    PRODUCTION,
+    Registry,
+    open_registry,
+    register_webhook,
+)
+from forecasting.settings import Settings, load_settings
+from serving.hooks import Deliveries, verify
 from tests.models import write_model_folder
-from tests.services import free_port, mlflow_server
+from tests.services import WEBHOOKS, HookListener, answering, free_port, mlflow_server
 
 
 @pytest.fixture(scope="session")
@@ -155,11 +164,14 @@ def test_aliases_move_and_go(registry: Registry, forecaster: str, tmp_path: Path
     assert registry.aliases(forecaster) == {}
     for number, scale in enumerate((1.0, 1.1, 1.2), start=1):
         assert put(registry, tmp_path / str(number), forecaster, scale) == number
-    assert forecaster not in registry.production_versions()
+    assert registry.served_versions()[forecaster] == {}
     registry.set_alias(forecaster, PRODUCTION, 1)
     registry.set_alias(forecaster, PRODUCTION, 3)
     registry.set_alias(forecaster, PREVIOUS, 1)
-    assert registry.production_versions()[forecaster] == 3
+    assert registry.served_versions()[forecaster] == {PRODUCTION: 3}
+    registry.set_alias(forecaster, CHALLENGER, 2)
+    assert registry.served_versions()[forecaster] == {PRODUCTION: 3, CHALLENGER: 2}
+    registry.delete_alias(forecaster, CHALLENGER)
     assert registry.aliases(forecaster) == {PRODUCTION: 3, PREVIOUS: 1}
     listed = [(info.version, info.aliases) for info in registry.history(forecaster)]
     assert listed == [(3, (PRODUCTION,)), (2, ()), (1, (PREVIOUS,))]
@@ -174,7 +186,7 @@ def test_only_our_models_are_followed(registry: Registry) -> None:
     client.create_model_version("somebody-elses", "s3://bucket/x")
     client.set_registered_model_alias("somebody-elses", PRODUCTION, "1")
     assert registry.alias("somebody-elses", PRODUCTION) == 1
-    assert "somebody-elses" not in registry.production_versions()
+    assert "somebody-elses" not in registry.served_versions()
 
 
 def test_a_missing_version_names_those_that_exist(
@@ -212,7 +224,7 @@ def test_a_registry_that_hangs_fails_after_the_timeout(
         hanging = open_registry(load_settings(home=tmp_path, tracking_uri=uri))
         start = time.monotonic()
         with pytest.raises(RegistryError, match=uri):
-            hanging.production_versions()
+            hanging.served_versions()
     assert time.monotonic() - start < 5
 
 
@@ -222,8 +234,71 @@ def test_a_damaged_database_is_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "mlflow" / "mlflow.db").write_bytes(b"not a database" * 100)
     start = time.monotonic()
     with pytest.raises(RegistryError, match=r"mlflow\.db.*not a database"):
-        open_registry(settings).production_versions()
+        open_registry(settings).served_versions()
     assert time.monotonic() - start < 5
+
+
+ANSWERS = {
+    "html": (200, "text/html", b"<html>Bad gateway</html>"),
+    "truncated": (200, "application/json", b'{"registered_models": [{"name": "perennial-go'),
+    "list": (200, "application/json", b"[1, 2]"),
+    "other types": (200, "application/json", b'{"registered_models": 7}'),
+    "bad alias": (
+        200,
+        "application/json",
+        b'{"registered_models": [{"name": "n", "aliases": [{"alias": "a", "version": "x"}]}]}',
+    ),
+    "bytes": (200, "application/octet-stream", b"\xff\xfe\x00"),
+    "broken": (500, "text/html", b"<html>" + b"x" * 100_000),
+}
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+def test_an_answer_that_is_none_of_mlflows_is_an_error_of_the_registry(
+    answer: tuple[int, str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with answering(*answer) as url:
+        registry = open_registry(load_settings(home=tmp_path, tracking_uri=url))
+        with pytest.raises(RegistryError, match=url) as caught:
+            registry.served_versions()
+    assert len(str(caught.value)) < 1000
+
+
+# webhooks ----------------------------------------------------------------------------------------
+
+
+def with_secret(home: Path, uri: str, secret: str = "s3cret") -> Settings:
+    return load_settings(home=home, tracking_uri=uri, webhook_secret=secret)
+
+
+def test_a_webhook_is_made_once_and_tells_of_alias_moves(tmp_path: Path) -> None:
+    with mlflow_server(tmp_path / "mlflow", WEBHOOKS) as uri, HookListener() as listener:
+        settings = with_secret(tmp_path, uri)
+        assert register_webhook(settings, listener.url).startswith("created: ")
+        assert register_webhook(settings, listener.url).startswith("updated: ")
+        registry = open_registry(settings)
+        put(registry, tmp_path / "model", "perennial-hook")
+        registry.set_alias("perennial-hook", PRODUCTION, 1)
+        registry.delete_alias("perennial-hook", PRODUCTION)
+        moved, gone = (listener.wait() for _ in range(2))
+        told = {"name": "perennial-hook", "alias": "production"}
+        assert json.loads(moved.body)["action"] == "created"
+        assert json.loads(moved.body)["data"] == {**told, "version": "1"}
+        assert json.loads(gone.body)["data"] == told
+        for hook in (moved, gone):
+            verify(hook.headers, hook.body, "s3cret", time.time(), Deliveries())
+        assert listener.waiting == 0, "one webhook, not two"
+
+
+def test_a_webhook_that_cannot_be_is_refused(tmp_path: Path, server: str) -> None:
+    with pytest.raises(ConfigError, match="PERENNIAL_WEBHOOK_SECRET"):
+        register_webhook(with_secret(tmp_path, server, ""), "https://forecast.example/hooks")
+    with pytest.raises(ConfigError, match=r"Only an MLflow server .*MLFLOW_TRACKING_URI"):
+        register_webhook(with_secret(tmp_path, ""), "https://forecast.example/hooks")
+    with pytest.raises(RegistryError, match="Invalid webhook URL scheme") as caught:
+        register_webhook(with_secret(tmp_path, server), "ftp://forecast.example/hooks")
+    assert "s3cret" not in str(caught.value)
 
 
 def test_import_is_light_and_without_effect(tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""No-wait batching: what arrived while the last batch was computed is the next one.
+
+Requests that the event loop reads in one turn are computed together in the next, on the event loop
+itself: handing a tenth of a millisecond of work to a thread would cost more than the work. While it
+computes, the operating system collects the next requests. Only large batches go to a thread.
+"""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from forecasting.errors import ModelError
+from forecasting.inference import Forecaster
+from forecasting.predictions import Spool, Window, computed_line
+from serving.answers import Numbers, numbers
+from serving.open_models import Served
+from serving.windows import Tensors
+
+INLINE_WINDOWS = 64
+"""Largest batch that is computed on the event loop: a few milliseconds at most."""
+
+Observe = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Checked windows of one version, to be computed.
+
+    Attributes:
+        windows: what is said of each, and logged.
+    """
+
+    served: Served
+    forecaster: Forecaster
+    tensors: Tensors
+    windows: list[Window]
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    query: Query
+    answer: "asyncio.Future[list[Numbers]]"
+
+
+class Batcher:
+    """Computes and logs queries, those of one version together.
+
+    Args:
+        spool: where what was computed is written before it is answered.
+        observe: called with the number of windows and rows of each batch.
+    """
+
+    def __init__(self, spool: Spool, observe: Observe) -> None:
+        self._spool = spool
+        self._observe = observe
+        self._waiting: list[_Waiting] = []
+        self._pool = ThreadPoolExecutor(1, "batch")
+
+    def submit(self, query: Query) -> "asyncio.Future[list[Numbers]]":
+        """Take a query into the next batch; what comes of it, one item a window.
+
+        The future raises ModelError if the model does not answer with numbers, ServiceError if the
+        forecasts can no longer be logged.
+        """
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._run)
+        waiting = _Waiting(query, loop.create_future())
+        self._waiting.append(waiting)
+        return waiting.answer
+
+    async def close(self) -> None:
+        """Wait for what is being computed in the thread."""
+        await asyncio.to_thread(self._pool.shutdown)
+
+    def _run(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for batch in _batches(waiting):
+            count = sum(len(each.query.windows) for each in batch)
+            self._observe(count, count * batch[0].query.served.contract.context)
+            if count <= INLINE_WINDOWS:
+                _answer(batch, self._outcomes(batch))
+            else:
+                self._start_thread(batch)
+
+    def _start_thread(self, group: list[_Waiting]) -> None:
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            outcomes = self._outcomes(group)
+            loop.call_soon_threadsafe(_answer, group, outcomes)
+
+        self._pool.submit(work)
+
+    def _outcomes(self, group: list[_Waiting]) -> list["list[Numbers] | Exception"]:
+        """Numbers or an error for each query; one that cannot be computed harms no other."""
+        queries = [each.query for each in group]
+        try:
+            return list(compute(queries, self._spool))
+        except ModelError as error:
+            if len(group) == 1:
+                return [error]
+        except Exception as error:  # noqa: BLE001  (raised where the answer is awaited)
+            return [error] * len(group)
+        return [self._outcomes([each])[0] for each in group]
+
+
+def _batches(waiting: list[_Waiting]) -> list[list[_Waiting]]:
+    """Queries of one version together, as long as they fit into one batch on the event loop."""
+    batches: list[list[_Waiting]] = []
+    filling: dict[int, tuple[list[_Waiting], int]] = {}
+    for each in waiting:
+        version, count = id(each.query.forecaster), len(each.query.windows)
+        batch, filled = filling.get(version, ([], INLINE_WINDOWS))
+        if filled + count > INLINE_WINDOWS:
+            batch, filled = [], 0
+            batches.append(batch)
+        batch.append(each)
+        filling[version] = batch, filled + count
+    return batches
+
+
+def compute(queries: list[Query], spool: Spool) -> list[list[Numbers]]:
+    """Compute queries of one version in one run of its graph, and log them in one line.
+
+    Raises:
+        ModelError: the graph does not answer with finite numbers.
+        ServiceError: the log does not take them.
+    """
+    first = queries[0]
+    windows = [window for query in queries for window in query.windows]
+    quantiles = first.forecaster.predict(*_stacked([query.tensors for query in queries]))
+    contract = first.served.contract
+    whole, parts = numbers(quantiles, contract.quantile_levels)
+    spool.write(computed_line(contract, first.served.version, windows, whole), len(windows))
+    found, start = [], 0
+    for query in queries:
+        end = start + len(query.windows)
+        found.append(parts[start:end])
+        start = end
+    return found
+
+
+def _stacked(tensors: list[Tensors]) -> Tensors:
+    if len(tensors) == 1:
+        return tensors[0]
+    return Tensors(*(np.concatenate(arrays) for arrays in zip(*tensors, strict=True)))
+
+
+def _answer(group: list[_Waiting], outcomes: list["list[Numbers] | Exception"]) -> None:
+    for waiting, outcome in zip(group, outcomes, strict=True):
+        if waiting.answer.done():  # its client went away
+            continue
+        if isinstance(outcome, Exception):
+            waiting.answer.set_exception(outcome)
+        else:
+            waiting.answer.set_result(outcome)

@@ -1,0 +1,86 @@
+"""The challenger computes some requests too, off the request path, and only for the log."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from uuid import uuid4
+
+import msgspec
+import numpy as np
+
+from forecasting.errors import PerennialError, ServiceError
+from forecasting.predictions import Spool
+from serving.batcher import Query, compute
+from serving.open_models import OpenModels, Served
+from serving.predictor import Latest
+
+log = logging.getLogger(__name__)
+
+MOST_WAITING = 64
+"""Queries that wait for the challenger; more are shed."""
+
+
+class Shadow:
+    """Scores queries with the challenger, one at a time, in a thread.
+
+    Args:
+        spool: where its forecasts are logged, with source `shadow` and the challenger's version.
+        models: to open the challenger.
+        is_busy: whether the worker has better things to do; what waits is shed then.
+
+    Attributes:
+        scored: windows computed.
+        shed: windows that were not.
+    """
+
+    def __init__(self, spool: Spool, models: OpenModels, is_busy: Callable[[], bool]) -> None:
+        self.scored = 0
+        self.shed = 0
+        self._spool = spool
+        self._models = models
+        self._is_busy = is_busy
+        self._waiting: asyncio.Queue[tuple[Query, Served]] = asyncio.Queue(MOST_WAITING)
+        self._random = random.Random()
+
+    def offer_latest(self, latest: Latest, share: float) -> None:
+        """Log the challenger's forecast from the latest prices, once, beside this share of GETs."""
+        if latest.problem or self._random.random() >= share:
+            return
+        with suppress(ServiceError):  # the answer's own record says that the log is full
+            latest.write(self._spool, "shadow")
+            self.scored += 1
+
+    def offer(self, query: Query, challenger: Served, share: float) -> None:
+        """Take this share of queries; answered ones only, and only while there is room."""
+        if self._random.random() >= share:
+            return
+        fits = challenger.contract.context == query.served.contract.context
+        if not fits or self._is_busy() or self._waiting.full():
+            self.shed += len(query.windows)
+            return
+        self._waiting.put_nowait((query, challenger))
+
+    async def run(self) -> None:
+        """Score until cancelled."""
+        while True:
+            query, challenger = await self._waiting.get()
+            if self._is_busy():
+                self.shed += len(query.windows)
+                continue
+            try:
+                await asyncio.to_thread(self._score, query, challenger)
+            except PerennialError as error:
+                self.shed += len(query.windows)
+                log.warning("the challenger could not compute a request: %s", error)
+
+    def _score(self, query: Query, challenger: Served) -> None:
+        windows = [
+            msgspec.structs.replace(window, id=str(uuid4()), source="shadow")
+            for window in query.windows
+        ]
+        symbols = [challenger.contract.symbol_index(window.symbol) for window in windows]
+        tensors = query.tensors._replace(symbol=np.array(symbols, dtype=np.int64))
+        compute([Query(challenger, self._models.open(challenger), tensors, windows)], self._spool)
+        self.scored += len(windows)
