@@ -16,7 +16,7 @@ from forecasting.predictions import Source, Window, json_numbers
 from forecasting.quantiles import medians
 from forecasting.sessions import sessions_after
 from serving.intake import EPOCH_ORDINAL
-from serving.schemas import Forecast, HorizonForecast
+from serving.schemas import Forecast, ForecastRequest, HorizonForecast
 from serving.windows import Rows, Tensors
 
 _encoder = msgspec.json.Encoder()
@@ -66,6 +66,22 @@ def windows_of_rows(
             each.symbol, int(each.days[-1]), float(each.ohlcv[-1, 3]), contract, source, prices_md5
         )
         for each in rows
+    ]
+
+
+def windows_of_requests(
+    requests: Sequence[ForecastRequest], contract: Contract, source: Source
+) -> list[Window]:
+    """What is said of each window that came as JSON."""
+    return [
+        _window(
+            each.symbol,
+            each.rows[-1].date.toordinal() - EPOCH_ORDINAL,
+            each.rows[-1].close,
+            contract,
+            source,
+        )
+        for each in requests
     ]
 
 

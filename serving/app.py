@@ -5,6 +5,7 @@ Imports neither Prefect, Ray, torch, Lightning, Evidently, MLflow, pandas nor SQ
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 from litestar import Litestar
 from litestar.datastructures import State
@@ -17,10 +18,13 @@ from serving.problems import handlers
 from serving.tracing import tracing
 from serving.worker import Worker
 
+if TYPE_CHECKING:
+    from litestar.types import ASGIApp
+
 HANDLERS = (*routes.HANDLERS, *oip_routes.HANDLERS, *scoring_routes.HANDLERS)
 
 
-def create_app(settings: Settings) -> Litestar:
+def create_app(settings: Settings) -> "ASGIApp":
     """The ASGI application of one worker; it starts and stops its parts with its lifespan."""
     worker, traces = Worker(settings), tracing()
 
@@ -40,12 +44,11 @@ def create_app(settings: Settings) -> Litestar:
         logging_config=None,
         openapi_config=openapi.config(settings, worker.keys) if settings.docs else None,
     )
-    edge = Edge(app.asgi_handler, worker, traces.note if traces else None)
-    app.asgi_handler = traces.around(edge) if traces else edge
-    return app
+    edge = Edge(app, worker, traces.note if traces else None)
+    return traces.around(edge) if traces else edge
 
 
-def app_from_environment() -> Litestar:
+def app_from_environment() -> "ASGIApp":
     """What uvicorn calls in each worker process."""
     log_as_json("web")
     return create_app(load_settings())

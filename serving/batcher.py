@@ -6,17 +6,15 @@ computes, the operating system collects the next requests. Only large batches go
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
 from forecasting.errors import ModelError
-from forecasting.inference import Forecaster
 from forecasting.predictions import Spool, Window, computed_line
 from serving.answers import Numbers, numbers
-from serving.open_models import Served
+from serving.problems import ProblemError
+from serving.queries import Query, joined, prepare
 from serving.windows import Tensors
 
 INLINE_WINDOWS = 64
@@ -26,23 +24,29 @@ Observe = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
-    """Checked windows of one version, to be computed.
+class Computed:
+    """What came of one query: its windows as they were computed, and their numbers.
 
     Attributes:
-        windows: what is said of each, and logged.
+        batch: tensors of the whole batch, of which `place` is this query's part.
     """
 
-    served: Served
-    forecaster: Forecaster
-    tensors: Tensors
+    batch: Tensors
+    place: slice
     windows: list[Window]
+    numbers: list[Numbers]
+
+    @property
+    def tensors(self) -> Tensors:
+        """Of this query alone."""
+        ohlcv, dates, symbol = self.batch
+        return Tensors(ohlcv[self.place], dates[self.place], symbol[self.place])
 
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
     query: Query
-    answer: "asyncio.Future[list[Numbers]]"
+    answer: "asyncio.Future[Computed]"
 
 
 class Batcher:
@@ -59,11 +63,11 @@ class Batcher:
         self._waiting: list[_Waiting] = []
         self._pool = ThreadPoolExecutor(1, "batch")
 
-    def submit(self, query: Query) -> "asyncio.Future[list[Numbers]]":
-        """Take a query into the next batch; what comes of it, one item a window.
+    def submit(self, query: Query) -> "asyncio.Future[Computed]":
+        """Take a query into the next batch; what comes of it.
 
-        The future raises ModelError if the model does not answer with numbers, ServiceError if the
-        forecasts can no longer be logged.
+        The future raises ProblemError if a window is not usable, ModelError if the model does not
+        answer with numbers, ServiceError if the forecasts can no longer be logged.
         """
         loop = asyncio.get_running_loop()
         if not self._waiting:
@@ -79,7 +83,7 @@ class Batcher:
     def _run(self) -> None:
         waiting, self._waiting = self._waiting, []
         for batch in _batches(waiting):
-            count = sum(len(each.query.windows) for each in batch)
+            count = sum(each.query.count for each in batch)
             self._observe(count, count * batch[0].query.served.contract.context)
             if count <= INLINE_WINDOWS:
                 _answer(batch, self._outcomes(batch))
@@ -95,12 +99,12 @@ class Batcher:
 
         self._pool.submit(work)
 
-    def _outcomes(self, group: list[_Waiting]) -> list["list[Numbers] | Exception"]:
+    def _outcomes(self, group: list[_Waiting]) -> list[Computed | Exception]:
         """Numbers or an error for each query; one that cannot be computed harms no other."""
         queries = [each.query for each in group]
         try:
             return list(compute(queries, self._spool))
-        except ModelError as error:
+        except (ModelError, ProblemError) as error:
             if len(group) == 1:
                 return [error]
         except Exception as error:  # noqa: BLE001  (raised where the answer is awaited)
@@ -113,7 +117,7 @@ def _batches(waiting: list[_Waiting]) -> list[list[_Waiting]]:
     batches: list[list[_Waiting]] = []
     filling: dict[int, tuple[list[_Waiting], int]] = {}
     for each in waiting:
-        version, count = id(each.query.forecaster), len(each.query.windows)
+        version, count = id(each.query.forecaster), each.query.count
         batch, filled = filling.get(version, ([], INLINE_WINDOWS))
         if filled + count > INLINE_WINDOWS:
             batch, filled = [], 0
@@ -123,34 +127,29 @@ def _batches(waiting: list[_Waiting]) -> list[list[_Waiting]]:
     return batches
 
 
-def compute(queries: list[Query], spool: Spool) -> list[list[Numbers]]:
+def compute(queries: Sequence[Query], spool: Spool) -> list[Computed]:
     """Compute queries of one version in one run of its graph, and log them in one line.
 
     Raises:
+        ProblemError: a window is not usable.
         ModelError: the graph does not answer with finite numbers.
         ServiceError: the log does not take them.
     """
     first = queries[0]
-    windows = [window for query in queries for window in query.windows]
-    quantiles = first.forecaster.predict(*_stacked([query.tensors for query in queries]))
+    tensors, windows = joined(prepare(queries))
+    quantiles = first.forecaster.predict(*tensors)
     contract = first.served.contract
     whole, parts = numbers(quantiles, contract.quantile_levels)
     spool.write(computed_line(contract, first.served.version, windows, whole), len(windows))
     found, start = [], 0
     for query in queries:
-        end = start + len(query.windows)
-        found.append(parts[start:end])
-        start = end
+        own = slice(start, start + query.count)
+        found.append(Computed(tensors, own, windows[own], parts[own]))
+        start = own.stop
     return found
 
 
-def _stacked(tensors: list[Tensors]) -> Tensors:
-    if len(tensors) == 1:
-        return tensors[0]
-    return Tensors(*(np.concatenate(arrays) for arrays in zip(*tensors, strict=True)))
-
-
-def _answer(group: list[_Waiting], outcomes: list["list[Numbers] | Exception"]) -> None:
+def _answer(group: list[_Waiting], outcomes: list[Computed | Exception]) -> None:
     for waiting, outcome in zip(group, outcomes, strict=True):
         if waiting.answer.done():  # its client went away
             continue

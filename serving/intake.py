@@ -75,6 +75,22 @@ def rows_of(request: ForecastRequest) -> Rows:
     return Rows(request.symbol, ordinals - EPOCH_ORDINAL, values.reshape(count, 5))
 
 
+def stack(requests: Sequence[ForecastRequest], contract: Contract) -> Tensors | None:
+    """Windows of exactly `contract.context` rows, all at once; None if any needs a closer look."""
+    count, context = len(requests), contract.context
+    if any(len(each.rows) != context for each in requests):
+        return None
+    rows = [row for each in requests for row in each.rows]
+    ordinals = np.fromiter(map(date.toordinal, map(_day, rows)), np.int64, count * context)
+    values = np.fromiter(chain.from_iterable(map(_values, rows)), np.float64, 5 * count * context)
+    with np.errstate(over="ignore", under="ignore"):
+        ohlcv = values.astype(np.float32).reshape(count, context, 5)
+    symbols = [contract.symbol_index(each.symbol) for each in requests]
+    dates = (ordinals - EPOCH_ORDINAL).reshape(count, context)
+    tensors = Tensors(ohlcv, dates, np.array(symbols, dtype=np.int64))
+    return tensors if _are_usable(tensors) else None
+
+
 def fit(windows: Sequence[Rows], contract: Contract, max_rows: int) -> Tensors:
     """Check windows and take the last `contract.context` rows of each.
 
@@ -102,12 +118,10 @@ def check_tensors(tensors: Tensors, contract: Contract) -> None:
             f"index {int(tensors.symbol[(tensors.symbol < 0) | (tensors.symbol >= symbols)][0])}",
             [f"{number} ({name})" for number, name in enumerate(contract.symbols)],
         )
-    last = tensors.dates[:, -1]
-    ascending = (tensors.dates[:, 1:] > tensors.dates[:, :-1]).all()
-    if ascending and _in_calendar(last).all() and _are_prices(tensors.ohlcv):
+    if _are_usable(tensors):
         return
     for number, (days, ohlcv) in enumerate(zip(tensors.dates, tensors.ohlcv, strict=True)):
-        where = f"Window {number}: " if len(last) > 1 else ""
+        where = f"Window {number}: " if len(tensors.dates) > 1 else ""
         _check_dates(days, where)
         _check_values(days, ohlcv, 0, where)
 
@@ -149,6 +163,14 @@ def _check_dates(days: NDArray[np.int64], where: str = "") -> None:
 def _in_calendar(days: NDArray[np.int64] | np.int64) -> NDArray[np.bool_]:
     first, last = FIRST_DAY.toordinal() - EPOCH_ORDINAL, LAST_DAY.toordinal() - EPOCH_ORDINAL
     return np.asarray((days >= first) & (days <= last))
+
+
+def _are_usable(tensors: Tensors) -> bool:
+    return bool(
+        (tensors.dates[:, 1:] > tensors.dates[:, :-1]).all()
+        and _in_calendar(tensors.dates[:, -1]).all()
+        and _are_prices(tensors.ohlcv)
+    )
 
 
 def _are_prices(ohlcv: NDArray[np.float32]) -> bool:

@@ -2,13 +2,14 @@
 
 import asyncio
 import importlib
+from collections.abc import Sequence
 
 import msgspec
 
 from serving import problems
 from serving.exchange import JSON, Exchange
-from serving.intake import parse_request, parse_requests, rows_of
-from serving.schemas import Forecast, Forecasts
+from serving.intake import parse_request, parse_requests
+from serving.schemas import Forecast, ForecastRequest, Forecasts
 from serving.service import settled
 from serving.windows import Rows
 from serving.worker import Worker
@@ -45,8 +46,7 @@ async def post_forecast(worker: Worker, exchange: Exchange) -> bytes:
     exchange.route = FORECAST
     require_json(exchange)
     body = await exchange.body(worker.settings.max_body_mb)
-    rows = rows_of(parse_request(body))
-    (answer,) = await worker.service.forecast([rows], exchange.sticky())
+    (answer,) = await worker.service.forecast([parse_request(body)], exchange.sticky())
     exchange.version = str(answer.model_version)
     return _encoder.encode(answer)
 
@@ -63,7 +63,7 @@ async def post_forecasts(worker: Worker, exchange: Exchange) -> tuple[str, bytes
         return media_type, await _post_table(worker, exchange, media_type)
     require_json(exchange)
     requests = parse_requests(await exchange.body(worker.settings.max_body_mb))
-    answers = await _forecasts(worker, exchange, [rows_of(each) for each in requests])
+    answers = await _forecasts(worker, exchange, requests)
     return JSON.decode(), _encoder.encode(Forecasts(answers))
 
 
@@ -78,7 +78,9 @@ async def _post_table(worker: Worker, exchange: Exchange, media_type: str) -> by
     return table
 
 
-async def _forecasts(worker: Worker, exchange: Exchange, windows: list[Rows]) -> list[Forecast]:
+async def _forecasts(
+    worker: Worker, exchange: Exchange, windows: Sequence[ForecastRequest | Rows]
+) -> list[Forecast]:
     answers = await worker.service.forecast(windows, exchange.sticky())
     exchange.version = ",".join(sorted({str(each.model_version) for each in answers}))
     return answers

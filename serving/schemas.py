@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import msgspec
 
 
-class PriceRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PriceRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One trading day, adjusted for splits and dividends up to the last row."""
 
     date: date

@@ -5,17 +5,19 @@ from dataclasses import dataclass
 
 import msgspec
 
+from forecasting.contract import Contract
 from forecasting.errors import ConfigError, ContractError, ModelError, ServiceError
 from forecasting.inference import Forecaster
 from forecasting.predictions import Source, Spool
 from forecasting.settings import Settings
 from serving import problems
 from serving.answers import Numbers, forecast, windows_of_rows, windows_of_tensors
-from serving.batcher import Batcher, Observe, Query
+from serving.batcher import Batcher, Computed, Observe
 from serving.intake import check_tensors, fit
 from serving.open_models import Served
 from serving.predictor import Latest, Predictor, State
-from serving.schemas import Forecast, Models
+from serving.queries import Prepared, Query, Requests
+from serving.schemas import Forecast, ForecastRequest, Models
 from serving.shadow import Shadow
 from serving.traffic import TrafficSwitch
 from serving.windows import Rows, Tensors
@@ -81,8 +83,14 @@ class Service:
             self.shadow.offer_latest(rival, self.traffic.traffic.shadow_share)
         return found
 
-    async def forecast(self, windows: Sequence[Rows], client: str) -> list[Forecast]:
+    async def forecast(
+        self, windows: Sequence[ForecastRequest | Rows], client: str
+    ) -> list[Forecast]:
         """Forecasts from rows of any symbols, in their order; all from one state.
+
+        Args:
+            windows: decoded from JSON, or rows as arrays.
+            client: by which a canary is chosen.
 
         Raises:
             ProblemError: a window is not usable, or nothing answers for its symbol.
@@ -90,8 +98,8 @@ class Service:
         self._check_count(len(windows))
         state, canary = self.state, self.traffic.is_canary(client)
         groups: dict[Served, list[int]] = {}
-        for place, rows in enumerate(windows):
-            groups.setdefault(state.served(rows.symbol, rival=canary), []).append(place)
+        for place, window in enumerate(windows):
+            groups.setdefault(state.served(window.symbol, rival=canary), []).append(place)
         answers: dict[int, Forecast] = {}
         for served, places in groups.items():
             made = await self._forecast(state, served, [windows[place] for place in places])
@@ -99,18 +107,26 @@ class Service:
         return [answers[place] for place in range(len(windows))]
 
     async def _forecast(
-        self, state: State, served: Served, windows: Sequence[Rows]
+        self, state: State, served: Served, windows: Sequence[ForecastRequest | Rows]
     ) -> list[Forecast]:
-        tensors = fit(windows, served.contract, self._limits.rows)
         is_champion = state.champions.get(served.contract.forecaster) is served
-        source: Source = "post" if is_champion else "canary"
-        described = windows_of_rows(windows, served.contract, source)
-        query = Query(served, await self._opened(served), tensors, described)
-        found = await self._computed(state, query)
+        load = self._load(windows, served.contract, "post" if is_champion else "canary")
+        found = await self._computed(state, Query(served, await self._opened(served), load))
         return [
             forecast(window, served.contract, served.version, item)
-            for window, item in zip(described, found, strict=True)
+            for window, item in zip(found.windows, found.numbers, strict=True)
         ]
+
+    def _load(
+        self, windows: Sequence[ForecastRequest | Rows], contract: Contract, source: Source
+    ) -> Prepared | Requests:
+        requests = [each for each in windows if isinstance(each, ForecastRequest)]
+        if requests:
+            return Requests(requests, source, self._limits.rows)
+        rows = [each for each in windows if isinstance(each, Rows)]
+        return Prepared(
+            fit(rows, contract, self._limits.rows), windows_of_rows(rows, contract, source)
+        )
 
     async def forecast_tensors(self, served: Served, tensors: Tensors) -> list[Numbers]:
         """Quantiles of windows that came in the shape of the graph.
@@ -121,9 +137,9 @@ class Service:
         self._check_count(len(tensors.symbol))
         state = self.state
         check_tensors(tensors, served.contract)
-        described = windows_of_tensors(tensors, served.contract, "post")
-        query = Query(served, await self._opened(served), tensors, described)
-        return await self._computed(state, query)
+        load = Prepared(tensors, windows_of_tensors(tensors, served.contract, "post"))
+        found = await self._computed(state, Query(served, await self._opened(served), load))
+        return found.numbers
 
     def _check_count(self, count: int) -> None:
         if not 1 <= count <= self._limits.windows:
@@ -138,7 +154,7 @@ class Service:
         except (ContractError, ConfigError, OSError) as error:
             raise problems.not_open(served.contract.forecaster, error) from error
 
-    async def _computed(self, state: State, query: Query) -> list[Numbers]:
+    async def _computed(self, state: State, query: Query) -> Computed:
         try:
             self._spool.check()
             found = await self.batcher.submit(query)
@@ -150,7 +166,7 @@ class Service:
         if share:
             rival = state.challengers.get(query.served.contract.forecaster)
             if rival is not None and rival is not query.served:
-                self.shadow.offer(query, rival, share)
+                self.shadow.offer(query.served, found, rival, share)
         return found
 
 

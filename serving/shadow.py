@@ -12,9 +12,10 @@ import numpy as np
 
 from forecasting.errors import PerennialError, ServiceError
 from forecasting.predictions import Spool
-from serving.batcher import Query, compute
+from serving.batcher import Computed, compute
 from serving.open_models import OpenModels, Served
 from serving.predictor import Latest
+from serving.queries import Prepared, Query
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class Shadow:
         self._spool = spool
         self._models = models
         self._is_busy = is_busy
-        self._waiting: asyncio.Queue[tuple[Query, Served]] = asyncio.Queue(MOST_WAITING)
+        self._waiting: asyncio.Queue[tuple[Computed, Served]] = asyncio.Queue(MOST_WAITING)
         self._random = random.Random()
 
     def offer_latest(self, latest: Latest, share: float) -> None:
@@ -52,35 +53,36 @@ class Shadow:
             latest.write(self._spool, "shadow")
             self.scored += 1
 
-    def offer(self, query: Query, challenger: Served, share: float) -> None:
-        """Take this share of queries; answered ones only, and only while there is room."""
+    def offer(self, champion: Served, computed: Computed, challenger: Served, share: float) -> None:
+        """Take this share of what was computed, while there is room."""
         if self._random.random() >= share:
             return
-        fits = challenger.contract.context == query.served.contract.context
+        fits = challenger.contract.context == champion.contract.context
         if not fits or self._is_busy() or self._waiting.full():
-            self.shed += len(query.windows)
+            self.shed += len(computed.windows)
             return
-        self._waiting.put_nowait((query, challenger))
+        self._waiting.put_nowait((computed, challenger))
 
     async def run(self) -> None:
         """Score until cancelled."""
         while True:
-            query, challenger = await self._waiting.get()
+            computed, challenger = await self._waiting.get()
             if self._is_busy():
-                self.shed += len(query.windows)
+                self.shed += len(computed.windows)
                 continue
             try:
-                await asyncio.to_thread(self._score, query, challenger)
+                await asyncio.to_thread(self._score, computed, challenger)
             except PerennialError as error:
-                self.shed += len(query.windows)
+                self.shed += len(computed.windows)
                 log.warning("the challenger could not compute a request: %s", error)
 
-    def _score(self, query: Query, challenger: Served) -> None:
+    def _score(self, computed: Computed, challenger: Served) -> None:
         windows = [
             msgspec.structs.replace(window, id=str(uuid4()), source="shadow")
-            for window in query.windows
+            for window in computed.windows
         ]
         symbols = [challenger.contract.symbol_index(window.symbol) for window in windows]
-        tensors = query.tensors._replace(symbol=np.array(symbols, dtype=np.int64))
-        compute([Query(challenger, self._models.open(challenger), tensors, windows)], self._spool)
+        tensors = computed.tensors._replace(symbol=np.array(symbols, dtype=np.int64))
+        load = Prepared(tensors, windows)
+        compute([Query(challenger, self._models.open(challenger), load)], self._spool)
         self.scored += len(windows)

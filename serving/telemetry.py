@@ -117,6 +117,7 @@ class Telemetry:
             registry=registry,
             multiprocess_mode="livemax",
         )
+        self._children: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
         self._seen = {"written": 0, "failures": 0, "scored": 0, "shed": 0}
 
     def swapped(self, before: State, after: State) -> None:
@@ -154,8 +155,15 @@ class Telemetry:
 
     def answered(self, method: str, route: str, version: str, status: int, seconds: float) -> None:
         """Count one request; `version` of the model that answered it, if one did."""
-        self._requests.labels(method, route, str(status)).inc()
-        self._seconds.labels(method, route, version).observe(seconds)
+        key = method, route, version, status
+        children = self._children.get(key)
+        if children is None:
+            children = self._children[key] = (
+                self._requests.labels(method, route, str(status)),
+                self._seconds.labels(method, route, version),
+            )
+        children[0].inc()
+        children[1].observe(seconds)
 
     def _since(self, name: str, total: int) -> int:
         grown, self._seen[name] = total - self._seen[name], total

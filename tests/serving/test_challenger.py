@@ -9,10 +9,11 @@ from forecasting.errors import ConfigError
 from forecasting.predictions import Prediction, Spool, open_segments
 from forecasting.settings import load_settings
 from serving.answers import windows_of_rows
-from serving.batcher import Query
+from serving.batcher import compute
 from serving.intake import fit
 from serving.model_store import ModelStore
 from serving.predictor import Predictor
+from serving.queries import Prepared, Query
 from serving.schemas import Traffic
 from serving.shadow import MOST_WAITING, Shadow
 from serving.traffic import TrafficSwitch, write_traffic
@@ -125,17 +126,17 @@ def test_overload_sheds_the_shadow_first(tmp_path):
     busy = True
     spool = Spool(tmp_path / "spool", "test")
     shadow = Shadow(spool, predictor.models, lambda: busy)
-    query = Query(champion, predictor.models.open(champion), *_window(state))
+    computed = compute([Query(champion, predictor.models.open(champion), _window(state))], spool)[0]
 
     async def offers() -> None:
         nonlocal busy
-        shadow.offer(query, rival, 1.0)
+        shadow.offer(champion, computed, rival, 1.0)
         assert (shadow.scored, shadow.shed) == (0, 1)
         busy = False
         for _ in range(MOST_WAITING + 3):
-            shadow.offer(query, rival, 1.0)
+            shadow.offer(champion, computed, rival, 1.0)
         assert shadow.shed == 4
-        shadow.offer(query, rival, 0.0)
+        shadow.offer(champion, computed, rival, 0.0)
         task = asyncio.create_task(shadow.run())
         while shadow.scored < MOST_WAITING:
             await asyncio.sleep(0.01)
@@ -144,10 +145,10 @@ def test_overload_sheds_the_shadow_first(tmp_path):
     asyncio.run(asyncio.wait_for(offers(), 30))
     spool.close()
     records = logged(tmp_path)
-    assert len(records) == len({r.id for r in records}) == MOST_WAITING
+    assert len(records) == len({r.id for r in records}) == MOST_WAITING + 1
 
 
 def _window(state):
     contract = state.champions[FORECASTER].contract
     rows = [state.rows["GOOG"]]
-    return fit(rows, contract, 1000), windows_of_rows(rows, contract, "post")
+    return Prepared(fit(rows, contract, 1000), windows_of_rows(rows, contract, "post"))

@@ -236,7 +236,7 @@ def test_openapi_has_examples_of_answers_and_problems(server):
     assert body["examples"]["example"]["value"]["symbol"] == "GOOG"
     assert set(post_spec["responses"]) >= {"200", "400", "404", "413", "422", "503"}
     problems = post_spec["responses"]["422"]["content"]["application/problem+json"]
-    assert set(problems["examples"]) == {
+    assert set(problems["examples"]) >= {
         "invalid-request",
         "too-few-rows",
         "bad-prices",
