@@ -1,10 +1,10 @@
 """From quantiles to what goes out and what is logged; every number is written once for both."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from typing import cast
+from itertools import count
+from typing import NamedTuple, cast
 from uuid import uuid4
 
 import msgspec
@@ -20,10 +20,11 @@ from serving.schemas import Forecast, ForecastRequest, HorizonForecast
 from serving.windows import Rows, Tensors
 
 _encoder = msgspec.json.Encoder()
+_PREFIX, _numbers = str(uuid4())[:24], count()
+"""Identities are random in their first half, once a process, and counted in their second."""
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
+class Numbers(NamedTuple):
     """Quantiles of one window.
 
     Attributes:
@@ -144,7 +145,8 @@ def _window(
     prices_md5: str | None = None,
 ) -> Window:
     origin, targets = targets_after(day, contract.horizon)
-    return Window(str(uuid4()), source, symbol, prices_md5, origin, close, targets)
+    identity = f"{_PREFIX}{next(_numbers):012x}"
+    return Window(identity, source, symbol, prices_md5, origin, close, targets)
 
 
 def _texts(values: NDArray[np.float32]) -> list[bytes]:

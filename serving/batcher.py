@@ -8,7 +8,7 @@ computes, the operating system collects the next requests. Only large batches go
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forecasting.errors import ModelError
 from forecasting.predictions import Spool, Window, computed_line
@@ -23,8 +23,7 @@ INLINE_WINDOWS = 64
 Observe = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(NamedTuple):
     """What came of one query: its windows as they were computed, and their numbers.
 
     Attributes:
@@ -43,8 +42,7 @@ class Computed:
         return Tensors(ohlcv[self.place], dates[self.place], symbol[self.place])
 
 
-@dataclass(frozen=True, slots=True)
-class _Waiting:
+class _Waiting(NamedTuple):
     query: Query
     answer: "asyncio.Future[Computed]"
 
@@ -83,7 +81,7 @@ class Batcher:
     def _run(self) -> None:
         waiting, self._waiting = self._waiting, []
         for batch in _batches(waiting):
-            count = sum(each.query.count for each in batch)
+            count = sum(each.query.size for each in batch)
             self._observe(count, count * batch[0].query.served.contract.context)
             if count <= INLINE_WINDOWS:
                 _answer(batch, self._outcomes(batch))
@@ -117,7 +115,7 @@ def _batches(waiting: list[_Waiting]) -> list[list[_Waiting]]:
     batches: list[list[_Waiting]] = []
     filling: dict[int, tuple[list[_Waiting], int]] = {}
     for each in waiting:
-        version, count = id(each.query.forecaster), each.query.count
+        version, count = id(each.query.forecaster), each.query.size
         batch, filled = filling.get(version, ([], INLINE_WINDOWS))
         if filled + count > INLINE_WINDOWS:
             batch, filled = [], 0
@@ -143,7 +141,7 @@ def compute(queries: Sequence[Query], spool: Spool) -> list[Computed]:
     spool.write(computed_line(contract, first.served.version, windows, whole), len(windows))
     found, start = [], 0
     for query in queries:
-        own = slice(start, start + query.count)
+        own = slice(start, start + query.size)
         found.append(Computed(tensors, own, windows[own], parts[own]))
         start = own.stop
     return found

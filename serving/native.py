@@ -46,7 +46,7 @@ async def post_forecast(worker: Worker, exchange: Exchange) -> bytes:
     exchange.route = FORECAST
     require_json(exchange)
     body = await exchange.body(worker.settings.max_body_mb)
-    (answer,) = await worker.service.forecast([parse_request(body)], exchange.sticky())
+    answer = await worker.service.forecast_one(parse_request(body), exchange.sticky())
     exchange.version = str(answer.model_version)
     return _encoder.encode(answer)
 

@@ -220,7 +220,8 @@ class LimitedProtocol(HttpToolsProtocol, metaclass=_Remade):
     # what the transport calls -----------------------------------------------------------------
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, or say that there are too many."""
-        super().connection_made(CorkedTransport(transport, self.loop))  # type: ignore[arg-type]
+        self._corked = CorkedTransport(transport, self.loop)
+        super().connection_made(self._corked)  # type: ignore[arg-type]
         self._unsent_since = self.loop.time()
         self._deadline = self._unsent_since + self.limits.request_seconds
         self._sweeper.start()
@@ -341,6 +342,7 @@ class LimitedProtocol(HttpToolsProtocol, metaclass=_Remade):
     # what an answer calls ---------------------------------------------------------------------
     def on_response_complete(self) -> None:
         """An answer is sent; after the last one that is owed comes the refusal, if there is one."""
+        self._corked.flush()  # the answer is whole now
         is_last = not self.pipeline
         super().on_response_complete()
         if is_last and self._deferred is not None and not self.transport.is_closing():

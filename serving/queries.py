@@ -5,7 +5,6 @@ JSON are turned into arrays and checked together with the others of their batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +30,7 @@ class Prepared(NamedTuple):
     windows: list[Window]
 
 
-@dataclass(frozen=True, slots=True)
-class Requests:
+class Requests(NamedTuple):
     """Windows as they were decoded from JSON."""
 
     items: Sequence[ForecastRequest]
@@ -51,8 +49,7 @@ class Requests:
         return Prepared(tensors, windows_of_requests(self.items, contract, self.source))
 
 
-@dataclass(frozen=True, slots=True)
-class Query:
+class Query(NamedTuple):
     """Windows for one version, to be computed."""
 
     served: Served
@@ -60,7 +57,7 @@ class Query:
     load: Prepared | Requests
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         """How many windows."""
         load = self.load
         return len(load.items) if isinstance(load, Requests) else len(load.windows)

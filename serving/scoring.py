@@ -125,7 +125,7 @@ def _unwrap(body: bytes) -> tuple[str, Any]:
         raise oip.malformed_json(error, "A JSON object") from error
     if not isinstance(document, dict):
         raise invalid("body", f"an object with one of {', '.join(FORMATS)} was expected.")
-    if document.pop("params", None):
+    if document.pop("params", None) not in (None, {}):
         raise invalid("params", "these models have no parameters; leave it out.")
     if len(document) != 1 or (form := next(iter(document))) not in FORMATS:
         names = ", ".join(cut(name) for name in list(document)[:5])

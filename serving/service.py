@@ -83,6 +83,18 @@ class Service:
             self.shadow.offer_latest(rival, self.traffic.traffic.shadow_share)
         return found
 
+    async def forecast_one(self, request: ForecastRequest, client: str) -> Forecast:
+        """As `forecast`, without what several windows need: this is what most requests ask.
+
+        Raises:
+            ProblemError: the window is not usable, or nothing answers for its symbol.
+        """
+        state = self.state
+        served = state.served(request.symbol, rival=self.traffic.is_canary(client))
+        load = Requests((request,), _source(state, served), self._limits.rows)
+        found = await self._computed(state, Query(served, await self._opened(served), load))
+        return forecast(found.windows[0], served.contract, served.version, found.numbers[0])
+
     async def forecast(
         self, windows: Sequence[ForecastRequest | Rows], client: str
     ) -> list[Forecast]:
@@ -109,8 +121,7 @@ class Service:
     async def _forecast(
         self, state: State, served: Served, windows: Sequence[ForecastRequest | Rows]
     ) -> list[Forecast]:
-        is_champion = state.champions.get(served.contract.forecaster) is served
-        load = self._load(windows, served.contract, "post" if is_champion else "canary")
+        load = self._load(windows, served.contract, _source(state, served))
         found = await self._computed(state, Query(served, await self._opened(served), load))
         return [
             forecast(window, served.contract, served.version, item)
@@ -168,6 +179,11 @@ class Service:
             if rival is not None and rival is not query.served:
                 self.shadow.offer(query.served, found, rival, share)
         return found
+
+
+def _source(state: State, served: Served) -> Source:
+    is_champion = state.champions.get(served.contract.forecaster) is served
+    return "post" if is_champion else "canary"
 
 
 def settled(forecasts: Sequence[Forecast]) -> list[Forecast]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from prometheus_client import (
@@ -25,7 +26,6 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 """Set by `python -m serving web` when there is more than one worker; figures are then summed."""
 
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
 
@@ -53,10 +53,10 @@ class Telemetry:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self._batches = Histogram(
-            "perennial_batch_windows",
-            "Windows that were computed together.",
-            buckets=_BATCHES,
+        self._batches = Counter(
+            "perennial_batches",
+            "Batches computed, by how many windows they held: up to 1, 2, 4, ...",
+            ["up_to"],
             registry=registry,
         )
         self._rows = Counter(
@@ -118,7 +118,9 @@ class Telemetry:
             multiprocess_mode="livemax",
         )
         self._children: dict[tuple[str, str, str, int], tuple[Counter, Histogram]] = {}
-        self._seen = {"written": 0, "failures": 0, "scored": 0, "shed": 0}
+        self._sizes: defaultdict[int, int] = defaultdict(int)
+        self._computed_rows = 0
+        self._seen = {"rows": 0, "written": 0, "failures": 0, "scored": 0, "shed": 0}
 
     def swapped(self, before: State, after: State) -> None:
         """Count and log what a refresh changed."""
@@ -137,12 +139,16 @@ class Telemetry:
                 )
 
     def computed(self, windows: int, rows: int) -> None:
-        """Count one batch."""
-        self._batches.observe(windows)
-        self._rows.inc(rows)
+        """Count one batch; `looked` tells Prometheus."""
+        self._sizes[1 << (windows - 1).bit_length()] += 1
+        self._computed_rows += rows
 
     def looked(self, spool: Spool, shadow: Shadow, models_open: int, in_progress: int) -> None:
-        """Take over what others count themselves."""
+        """Take over what was counted elsewhere, or too often to tell each time."""
+        sizes, self._sizes = self._sizes, defaultdict(int)
+        for up_to, count in sizes.items():
+            self._batches.labels(str(up_to)).inc(count)
+        self._rows.inc(self._since("rows", self._computed_rows))
         self._logged.inc(self._since("written", spool.written))
         self._failures.inc(self._since("failures", spool.failures))
         self._shadow.labels("computed").inc(self._since("scored", shadow.scored))

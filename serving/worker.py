@@ -163,5 +163,6 @@ class Worker:
         try:
             await asyncio.to_thread(self.spool.measure)
             await asyncio.to_thread(self.spool.flush)
+            self.report()
         except OSError as error:
             log.error("The prediction log cannot be looked at: %s; trying again.", error)
