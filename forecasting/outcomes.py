@@ -1,10 +1,10 @@
 """The prediction log in SQL: drain the spool into it, join with what came, read scores."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -19,6 +19,7 @@ from forecasting.events import ModelRefused, put_once
 from forecasting.predictions import Counted, Prediction, Refused, open_segments
 from forecasting.store import answer_counts, predictions
 
+Record = TypeVar("Record", Prediction, Counted, Refused)
 _JOIN_ROWS = 5000
 
 
@@ -38,50 +39,50 @@ def drain(engine: Engine, folder: Path) -> int:
     with open_segments(folder) as segments:
         for segment in segments:
             while batch := segment.read():
-                refused = _store(engine, batch.records)
-                _store_counts(engine, batch.counts)
-                _tell(engine, batch.refusals)
-                segment.commit(batch, refused)
+                refused = _store(engine, batch.records, _insert)
                 stored += len(batch.records) - len(refused)
+                counts = _store(engine, _latest(batch.counts), _insert_counts)
+                told = _store(engine, batch.refusals, _tell)
+                segment.commit(batch, [*refused, *counts, *told])
             if segment.finished:
                 segment.remove()
     return stored
 
 
-def _store(engine: Engine, records: list[Prediction]) -> list[Prediction]:
+def _store(
+    engine: Engine, records: list[Record], insert: Callable[[Engine, list[Record]], None]
+) -> list[Record]:
     """Insert records; returns those that the database refuses for their content."""
     if not records:
         return []
     try:
-        _insert(engine, records)
+        insert(engine, records)
     except (DataError, IntegrityError):
         if len(records) == 1:
             return records
         middle = len(records) // 2
-        return _store(engine, records[:middle]) + _store(engine, records[middle:])
+        return _store(engine, records[:middle], insert) + _store(engine, records[middle:], insert)
     except SQLAlchemyError as error:
         raise _not_taken(engine, error) from error
     return []
 
 
-def _store_counts(engine: Engine, counts: list[Counted]) -> None:
-    """Keep the largest total of each writer and answer; older totals change nothing."""
-    latest = {_count_key(each): each for each in sorted(counts, key=lambda each: each.answers)}
-    if not latest:
-        return
+def _latest(counts: list[Counted]) -> list[Counted]:
+    """The largest total of each writer and answer."""
+    ascending = sorted(counts, key=lambda each: each.answers)
+    return list({_count_key(each): each for each in ascending}.values())
+
+
+def _insert_counts(engine: Engine, counts: list[Counted]) -> None:
+    """Keep totals that are larger than those that are there; older ones change nothing."""
     insert = _dialect(engine).insert(answer_counts)
     statement = insert.on_conflict_do_update(
         index_elements=list(answer_counts.primary_key),
         set_={"answers": insert.excluded.answers, "last_at": insert.excluded.last_at},
         where=insert.excluded.answers > answer_counts.c.answers,
     )
-    try:
-        with engine.begin() as connection:
-            connection.execute(
-                statement, [msgspec.structs.asdict(each) for each in latest.values()]
-            )
-    except SQLAlchemyError as error:
-        raise _not_taken(engine, error) from error
+    with engine.begin() as connection:
+        connection.execute(statement, [msgspec.structs.asdict(each) for each in counts])
 
 
 def _tell(engine: Engine, refusals: list[Refused]) -> None:
@@ -93,10 +94,7 @@ def _tell(engine: Engine, refusals: list[Refused]) -> None:
             reason=refused.reason,
             where="web",
         )
-        try:
-            put_once(engine, event)
-        except SQLAlchemyError as error:
-            raise _not_taken(engine, error) from error
+        put_once(engine, event)
 
 
 def _count_key(counted: Counted) -> tuple[object, ...]:
@@ -208,7 +206,7 @@ def scored(
     since: date | None = None,
     until: date | None = None,
     version: int | None = None,
-    source: str | None = None,
+    sources: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """Forecasts that have their actual, by target and horizon.
 
@@ -218,7 +216,7 @@ def scored(
         since: first target session.
         until: last target session.
         version: only forecasts of this model version.
-        source: only forecasts that came to be in this way, see `predictions.Source`.
+        sources: only forecasts that came to be in these ways, see `predictions.Source`.
 
     Returns:
         All columns of `predictions`, dates as timestamps, and `median` (price).
@@ -232,8 +230,8 @@ def scored(
         query = query.where(predictions.c.target <= until)
     if version is not None:
         query = query.where(predictions.c.model_version == version)
-    if source is not None:
-        query = query.where(predictions.c.source == source)
+    if sources is not None:
+        query = query.where(predictions.c.source.in_(sources))
     query = query.order_by(predictions.c.target, predictions.c.horizon, predictions.c.made_at)
     with engine.connect() as connection:
         rows = connection.execute(query).mappings().all()

@@ -35,8 +35,8 @@ from forecasting.errors import ServiceError
 log = logging.getLogger(__name__)
 
 SEGMENT_BYTES = 16 * 1024 * 1024
-MOST_PENDING = 10_000
-"""Lines kept in memory while the disk refuses them."""
+MOST_PENDING = 16 * 1024 * 1024
+"""Bytes kept in memory while the disk refuses them."""
 MOST_BYTES = 1024 * 1024 * 1024
 MOST_COUNTED = 10_000
 """Different answers that one writer counts before it goes on under another name."""
@@ -48,6 +48,10 @@ Moment = Annotated[datetime, msgspec.Meta(tz=True)]
 Source = Literal["get", "post", "batch", "shadow", "canary"]
 """How a forecast came to be: from published prices, from a client's rows, by the flow `forecast`,
 by the challenger beside the answer, or by the challenger as the answer."""
+
+
+ANSWERS: tuple[Source, ...] = ("get", "post", "canary")
+"""What somebody was answered."""
 
 
 class Prediction(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -241,6 +245,7 @@ class Spool:
         self._counts: dict[Answered, int] = {}
         self._changed: set[Answered] = set()
         self._pending: deque[tuple[bytes, int]] = deque()
+        self._pending_bytes = 0
         self._lock = threading.Lock()
         self._file: int | None = None
         self._size = 0
@@ -263,10 +268,10 @@ class Spool:
                 f"not in SQL yet; at most {self._most_bytes / 1e6:.3g} MB are kept "
                 "(PERENNIAL_SPOOL_MAX_MB). See why `python -m serving drain` does not move it."
             )
-        if len(self._pending) >= MOST_PENDING:
+        if self._pending_bytes >= MOST_PENDING:
             raise ServiceError(
-                f"The prediction log in {self._folder} cannot be written and "
-                f"{MOST_PENDING} lines wait in memory. Free disk space there."
+                f"The prediction log in {self._folder} cannot be written and {self.pending} lines "
+                "wait in memory, as many as may. Free disk space there."
             )
 
     def append(self, record: Prediction | Refused) -> None:
@@ -281,7 +286,7 @@ class Spool:
         """
         self.check()
         with self._lock:
-            self._pending.append((line + b"\n", forecasts))
+            self._wait(line + b"\n", forecasts)
             self._write_pending()
 
     def count(self, answered: Answered) -> None:
@@ -307,7 +312,9 @@ class Spool:
     def flush(self) -> bool:
         """Write what waits and the counts that changed; whether all is on disk now."""
         with self._lock:
-            self._pending.extend((line, 0) for line in self._count_lines())
+            if not self._pending and self.bytes < self._most_bytes:
+                for line in self._count_lines():  # totals: what is not told now is told later
+                    self._wait(line, 0)
             self._write_pending()
             return not self._pending
 
@@ -343,6 +350,10 @@ class Spool:
             self._counts, self._stem = {}, self._new_stem()
         return lines
 
+    def _wait(self, line: bytes, forecasts: int) -> None:
+        self._pending.append((line, forecasts))
+        self._pending_bytes += len(line)
+
     def _write_pending(self) -> None:
         while self._pending:
             try:
@@ -352,7 +363,9 @@ class Spool:
                     log.error("The prediction log in %s cannot be written: %s", self._folder, error)
                 self.failures += 1
                 return
-            self.written += self._pending.popleft()[1]
+            line, forecasts = self._pending.popleft()
+            self._pending_bytes -= len(line)
+            self.written += forecasts
 
     def _write(self, line: bytes) -> None:
         if self._file is None or self._size >= self._segment_bytes:
@@ -370,10 +383,10 @@ class Spool:
         self._number += 1
         path = self._folder / f"{self._stem}-{self._number}.jsonl"
         hidden = path.with_suffix(".new")  # locked before a drainer can see it
-        self._file = os.open(hidden, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
-        fcntl.flock(self._file, fcntl.LOCK_EX)
+        opened = os.open(hidden, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        fcntl.flock(opened, fcntl.LOCK_EX)
         hidden.rename(path)
-        self._size = 0
+        self._file, self._size = opened, 0
 
     def _release(self, *, sync: bool) -> None:
         if self._file is None:
@@ -427,7 +440,7 @@ class Segment:
                 batch.bad.append(line)
         return batch
 
-    def commit(self, batch: Batch, refused: Sequence[Prediction]) -> None:
+    def commit(self, batch: Batch, refused: Sequence[Prediction | Counted | Refused]) -> None:
         """Set bad lines and refused records aside, then remember that the batch is done."""
         aside = batch.bad + [_encoder.encode(record) for record in refused]
         if aside:

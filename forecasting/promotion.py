@@ -375,6 +375,7 @@ class _Refusal(msgspec.Struct):
     version: int | None
     reason: str
     alias: str = PRODUCTION
+    refused_at: datetime | None = None
 
 
 class _Models(msgspec.Struct):
@@ -392,9 +393,9 @@ class _Answer:
 
 def _wait_served(settings: Settings, forecaster: str, version: int) -> _Answer:
     """Ask until the server serves or refuses the version, or patience ends."""
-    start = time.monotonic()
+    start, since = time.monotonic(), now()
     while True:
-        answer = _ask(settings, forecaster, version)
+        answer = _ask(settings, forecaster, version, since)
         waited = time.monotonic() - start
         patience = settings.confirm_seconds
         if answer.kind in ("silent", "denied"):
@@ -404,8 +405,10 @@ def _wait_served(settings: Settings, forecaster: str, version: int) -> _Answer:
         time.sleep(_POLL_SECONDS)
 
 
-def _ask(settings: Settings, forecaster: str, version: int) -> _Answer:
-    """Ask the server once what it serves."""
+def _ask(
+    settings: Settings, forecaster: str, version: int, since: datetime | None = None
+) -> _Answer:
+    """Ask the server once what it serves; refusals before `since` are of an earlier attempt."""
     url = settings.server_url.rstrip("/")
     if not url:
         return _Answer("silent", "No server is configured (PERENNIAL_SERVER_URL is empty).")
@@ -423,6 +426,8 @@ def _ask(settings: Settings, forecaster: str, version: int) -> _Answer:
         )
     for refusal in found.refused:
         # as a challenger it may have been refused for want of the signature that it has now
+        if since is not None and refusal.refused_at is not None and refusal.refused_at < since:
+            continue
         if (refusal.name, refusal.version, refusal.alias) == (forecaster, version, PRODUCTION):
             return _Answer(
                 "refused", f"{url} refused {forecaster} version {version}: {refusal.reason}"

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import (
     JSON,
     URL,
+    BigInteger,
     Boolean,
     Column,
     Date,
@@ -71,7 +72,7 @@ answer_counts = Table(
     Column("model_version", Integer, primary_key=True),
     Column("symbol", String(32), primary_key=True),
     Column("origin", Date, primary_key=True, comment="last row seen"),
-    Column("answers", Integer, nullable=False, comment="GETs of one computed forecast"),
+    Column("answers", BigInteger, nullable=False, comment="GETs of one computed forecast"),
     Column("last_at", DateTime(timezone=True), nullable=False),
 )
 

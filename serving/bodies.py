@@ -4,6 +4,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from serving import problems
+from serving.problems import ClientGoneError
 
 if TYPE_CHECKING:
     from litestar.types import Receive
@@ -11,10 +12,6 @@ if TYPE_CHECKING:
 _GZIP = 16 + zlib.MAX_WBITS
 _WINDOW_BITS = {b"gzip": _GZIP, b"x-gzip": _GZIP, b"deflate": zlib.MAX_WBITS}
 _IDENTITY = (b"", b"identity")
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection before its request was complete."""
 
 
 async def read_body(headers: dict[bytes, bytes], receive: "Receive", max_mb: float) -> bytes:

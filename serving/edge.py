@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 from litestar.enums import ScopeType
 
 from serving import native, problems
-from serving.bodies import ClientGoneError
 from serving.exchange import JSON, Exchange
-from serving.problems import ProblemError
+from serving.problems import CLIENT_GONE, ClientGoneError, ProblemError
 from serving.worker import Worker
 
 if TYPE_CHECKING:
@@ -33,8 +32,6 @@ OPEN_PATHS = frozenset(
 )
 """Answered to anybody at any time: whoever supervises the server has no key."""
 SIGNED_PATHS = frozenset(("/hooks/registry",))
-CLIENT_GONE = 499
-"""Status in logs and figures of a request whose client did not wait for the answer."""
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _METHODS = frozenset(("GET", "POST", "HEAD", "PUT", "DELETE", "OPTIONS", "PATCH"))

@@ -83,11 +83,16 @@ class Current(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """A version that was not let in."""
+    """A version that was not let in.
+
+    Attributes:
+        judged: what the registry said of it then; when it says something else, it is judged anew.
+    """
 
     version: int
     reason: str
     refused_at: datetime
+    judged: str = ""
 
     def age_seconds(self) -> float:
         """How long ago that was."""
@@ -320,9 +325,17 @@ class ModelStore:
         self._prune(forecaster)
         return True
 
-    def refuse(self, forecaster: str, version: int, reason: str, alias: str = PRODUCTION) -> None:
+    def refuse(
+        self,
+        forecaster: str,
+        version: int,
+        reason: str,
+        alias: str = PRODUCTION,
+        judged: str = "",
+    ) -> None:
         """Note why a version was not let in behind an alias."""
-        noted = self.refusals(forecaster) | {alias: Refused(version, reason, datetime.now(UTC))}
+        refused = Refused(version, reason, datetime.now(UTC), judged)
+        noted = self.refusals(forecaster) | {alias: refused}
         with self._change():
             self._write(forecaster, REFUSED_FILE, noted)
 

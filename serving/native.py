@@ -82,8 +82,14 @@ async def _forecasts(
     worker: Worker, exchange: Exchange, windows: Sequence[ForecastRequest | Rows]
 ) -> list[Forecast]:
     answers = await worker.service.forecast(windows, exchange.sticky())
-    exchange.version = ",".join(sorted({str(each.model_version) for each in answers}))
+    exchange.version = version_of(answers)
     return answers
+
+
+def version_of(answers: Sequence[Forecast]) -> str:
+    """The version that answered, for figures; they need not know every mixture."""
+    versions = {each.model_version for each in answers}
+    return str(versions.pop()) if len(versions) == 1 else "several"
 
 
 def require_json(exchange: Exchange) -> None:

@@ -45,10 +45,10 @@ class Latest:
 
     Attributes:
         body: JSON of the answer; empty if there is none.
-        window: what is said of it in the log, which holds it once it was answered.
+        window: what is said of it in the log, which holds it once for each source.
         quantiles: JSON of its numbers, as the log takes them.
         answered: what answers are counted by.
-        logged: whether it is in the log.
+        logged: how it is in the log already.
     """
 
     served: Served
@@ -58,7 +58,7 @@ class Latest:
     quantiles: bytes = b""
     answered: Answered | None = None
     problem: ProblemError | None = None
-    logged: bool = False
+    logged: set[Source] = field(default_factory=set)
 
     def write(self, spool: Spool, source: Source) -> None:
         """Log it, unless it is logged.
@@ -66,12 +66,15 @@ class Latest:
         Raises:
             ServiceError: the log does not take it.
         """
-        if self.logged or self.window is None:
+        if source in self.logged or self.window is None:
             return
-        window = msgspec.structs.replace(self.window, source=source)
+        identity = self.window.id
+        if source == "shadow":  # beside the answer, which is a record of its own
+            identity = str(uuid5(NAMESPACE_OID, f"{identity} shadow"))
+        window = msgspec.structs.replace(self.window, id=identity, source=source)
         served = self.served
         spool.write(computed_line(served.contract, served.version, [window], self.quantiles), 1)
-        self.logged = True
+        self.logged.add(source)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,9 @@ class State:
         Raises:
             ProblemError: unknown symbol, no model, or no usable rows.
         """
-        found = (rival and self.rival_latest.get(symbol)) or self.latest.get(symbol)
+        found = self.rival_latest.get(symbol) if rival else None
+        if found is None or found.problem:
+            found = self.latest.get(symbol)
         if found is not None and not found.problem:
             return found
         if symbol not in self.by_symbol:
@@ -192,6 +197,8 @@ class Predictor:
             generation = self._store.generation()
             slice_ = _Slice(self._store, self.models, before, self._trusted_key)
             self.state, done = slice_.next_state()
+            served = (*self.state.champions.values(), *self.state.challengers.values())
+            self.models.retain({each.key for each in served})  # the old ones were in use until now
             if done:
                 now = time.monotonic()
                 self._generation = generation
@@ -332,8 +339,6 @@ class _Slice:
             if (rival := self._challengers.get(served.contract.forecaster))
             and symbol in rival.contract.symbols
         }
-        served = (*self._champions.values(), *self._challengers.values())
-        self._models.retain({each.key for each in served})
         before = self._before
         return State(
             champions=self._champions,

@@ -15,6 +15,14 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 5
+CLIENT_GONE = 499
+"""Status in logs and figures of a request whose client did not wait for the answer."""
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its request was complete."""
+
+
 _LONGEST = 60
 """Characters of a client's own value that are told in an error."""
 
@@ -263,7 +271,16 @@ def handlers(max_body_mb: float) -> ExceptionHandlersMap:
             return _answer(request, body_too_large(max_body_mb))
         return _http_problem(request, error)
 
-    return {ProblemError: _answer, HTTPException: too_large_or, Exception: _unexpected}
+    return {
+        ProblemError: _answer,
+        HTTPException: too_large_or,
+        ClientGoneError: _nobody,
+        Exception: _unexpected,
+    }
+
+
+def _nobody(_: Request[Any, Any, Any], __: ClientGoneError) -> Response[None]:
+    return Response(None, status_code=CLIENT_GONE)
 
 
 def _answer(request: Request[Any, Any, Any], error: ProblemError) -> Response[Problem]:

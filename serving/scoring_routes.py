@@ -1,5 +1,6 @@
 """Routes of MLflow's scoring server and of SageMaker's container contract."""
 
+import asyncio
 from importlib.metadata import version as installed
 
 from litestar import MediaType, Response, get, post
@@ -9,6 +10,7 @@ from litestar.openapi.spec import OpenAPIType, Schema
 from forecasting.errors import ModelError, ServiceError
 from serving import oip, openapi, problems, scoring
 from serving.answers import stacked
+from serving.native import version_of
 from serving.oip_routes import served_model
 from serving.open_models import Served
 from serving.openapi import problem_spec
@@ -17,6 +19,8 @@ from serving.schemas import Predictions
 from serving.scoring import Arrays
 from serving.service import Service, settled
 
+LARGE_BODY = 256 * 1024
+"""Bytes from which on a body is read in a thread, so that others need not wait for it."""
 TARGET_HEADER = b"x-amzn-sagemaker-target-model"
 """Which forecaster is meant where several are served, as SageMaker's multi-model endpoints say."""
 
@@ -129,10 +133,14 @@ async def post_invocations(request: Asked) -> Response[bytes]:
     served = _target(worker.service, exchange.headers.get(TARGET_HEADER))
     content_type = exchange.headers.get(b"content-type", b"").decode("latin-1") or None
     body = await exchange.body(worker.settings.max_body_mb)
-    parsed = scoring.parse(body, content_type, _only_symbol(served))
+    only = _only_symbol(served)
+    if len(body) > LARGE_BODY:
+        parsed = await asyncio.to_thread(scoring.parse, body, content_type, only)
+    else:
+        parsed = scoring.parse(body, content_type, only)
     if not isinstance(parsed, Arrays):
         answers = await worker.service.forecast(parsed, exchange.sticky())
-        exchange.version = ",".join(sorted({str(each.model_version) for each in answers}))
+        exchange.version = version_of(answers)
         return Response(scoring.render_rows(settled(answers)), media_type=MediaType.JSON)
     if served is None:
         raise _ambiguous(worker.service)

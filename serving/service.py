@@ -79,7 +79,7 @@ class Service:
             raise problems.log_unavailable(error) from error
         if found.answered is not None:
             self._spool.count(found.answered)
-        if rival is not None and rival is not found and not rival.logged:
+        if rival is not None and rival is not found and "shadow" not in rival.logged:
             self.shadow.offer_latest(rival, self.traffic.traffic.shadow_share)
         return found
 
@@ -148,7 +148,8 @@ class Service:
         self._check_count(len(tensors.symbol))
         state = self.state
         check_tensors(tensors, served.contract)
-        load = Prepared(tensors, windows_of_tensors(tensors, served.contract, "post"))
+        source = _source(state, served)
+        load = Prepared(tensors, windows_of_tensors(tensors, served.contract, source))
         found = await self._computed(state, Query(served, await self._opened(served), load))
         return found.numbers
 

@@ -10,7 +10,7 @@ from uuid import uuid4
 import msgspec
 import numpy as np
 
-from forecasting.errors import PerennialError, ServiceError
+from forecasting.errors import ServiceError
 from forecasting.predictions import Spool
 from serving.batcher import Computed, compute
 from serving.open_models import OpenModels, Served
@@ -57,7 +57,8 @@ class Shadow:
         """Take this share of what was computed, while there is room."""
         if self._random.random() >= share:
             return
-        fits = challenger.contract.context == champion.contract.context
+        ours, theirs = champion.contract, challenger.contract
+        fits = (ours.context, ours.horizon) == (theirs.context, theirs.horizon)
         if not fits or self._is_busy() or self._waiting.full():
             self.shed += len(computed.windows)
             return
@@ -72,7 +73,7 @@ class Shadow:
                 continue
             try:
                 await asyncio.to_thread(self._score, computed, challenger)
-            except PerennialError as error:
+            except Exception as error:  # noqa: BLE001  (the shadow must not end)
                 self.shed += len(computed.windows)
                 log.warning("the challenger could not compute a request: %s", error)
 

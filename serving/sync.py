@@ -209,12 +209,18 @@ class AliasFollower:
             refused is not None
             and refused.version == version
             and refused.age_seconds() < REFUSED_AGAIN_SECONDS
+            and refused.judged == self._judged(name, version)
         )
+
+    def _judged(self, name: str, version: int) -> str:
+        """What the registry says of a version that its judgement depends on."""
+        tags = self._registry.version(name, version).tags
+        return f"{tags.get(CONTRACT_TAG, '')} {tags.get(SIGNATURE_TAG, '')}"
 
     def _refuse(self, name: str, version: int, alias: str, reason: str) -> None:
         before = self._store.refusals(name).values()
         log.warning("refused %s version %d as %s: %s", name, version, alias, reason)
-        self._store.refuse(name, version, reason, alias)
+        self._store.refuse(name, version, reason, alias, self._judged(name, version))
         if all(each.version != version for each in before):
             self._on_refusal(name, version, reason)
 
@@ -411,7 +417,8 @@ def main(settings: Settings) -> int:
     store = ModelStore(settings.model_store)
     store.clean_incoming()
     teller = Teller(settings.sql_url)
-    models = AliasFollower(open_registry(settings), store, trusted_key, teller.refused)
+    registry = open_registry(settings)
+    models = AliasFollower(registry, store, trusted_key, teller.refused)
     prices = PriceFollower(settings.published, store)
     pause = max(settings.poll_seconds, REMOTE_POLL_SECONDS if prices.is_remote else 0.0)
     threads = [
@@ -424,7 +431,7 @@ def main(settings: Settings) -> int:
     ]
     for thread in threads:
         thread.start()
-    log.info("following %s and %s into %s", settings.mlflow_uri, settings.published, store.root)
+    log.info("following %s and %s into %s", registry.shown, settings.published, store.root)
     stop.wait()
     for thread in threads:
         thread.join(JOIN_SECONDS)

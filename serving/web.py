@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 GRACE_SECONDS = 10
 BACKLOG = 2048
+HEALTH_SECONDS = 30
+"""How long a worker may be silent, or take to be ready when it replaces another."""
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
@@ -89,6 +91,7 @@ def main(settings: Settings) -> int:
         lifespan="on",
         server_header=False,
         backlog=BACKLOG,
+        timeout_worker_healthcheck=HEALTH_SECONDS,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     log.info("inference server on http://%s:%d", settings.host, settings.port)

@@ -27,6 +27,8 @@ LOOK_SECONDS = 0.05
 """How often a worker looks whether its files changed: a `stat` each."""
 SPOOL_SECONDS = 0.6
 """How often counts are written: what a killed worker loses of them is younger than a second."""
+START_SECONDS = 20.0
+"""How long a worker takes up what the store holds before it answers with what it has."""
 BUSY_SHARE = 8
 """Above this part of `max_concurrency` a worker has no time for the challenger's shadow."""
 _GC_THRESHOLD = 50_000
@@ -63,7 +65,7 @@ class Worker:
         )
         self.deliveries = Deliveries()
         self.busy = 0
-        self._limiter: RateLimiter | None = None
+        self._limiter = RateLimiter(settings.home / "limits")
         self._measured = 0.0
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -91,8 +93,6 @@ class Worker:
         rate = rate or self.settings.rate_limit
         if not rate:
             return
-        if self._limiter is None:
-            self._limiter = RateLimiter(self.settings.home / "limits")
         wait = self._limiter.take(name, rate, max(1.0, rate))
         if wait:
             raise rate_limited(name, rate, wait)
@@ -100,7 +100,9 @@ class Worker:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Load what the store holds, follow it, and at the end put every forecast on disk."""
-        await self._refresh()
+        patience = time.monotonic() + START_SECONDS
+        while not await self._refresh() and time.monotonic() < patience:
+            continue  # ready is who has all that the store holds
         gc.collect()
         gc.freeze()  # what is loaded by now stays: full collections skip it
         gc.set_threshold(_GC_THRESHOLD, *gc.get_threshold()[1:])
@@ -119,16 +121,22 @@ class Worker:
 
     async def _follow(self) -> None:
         """Look whether anything changed; only what takes time is done in a thread."""
-        done = True
+        done, said = True, ""
         while True:
             if done:
                 await asyncio.sleep(LOOK_SECONDS)
-            if not done or self.predictor.is_due():
-                done = await self._refresh()
-            self._look()
-            if time.monotonic() > self._measured + SPOOL_SECONDS:
-                self._measured = time.monotonic()
-                await self._keep_spool()
+            try:
+                if not done or self.predictor.is_due():
+                    done = await self._refresh()
+                self._look()
+                if time.monotonic() > self._measured + SPOOL_SECONDS:
+                    self._measured = time.monotonic()
+                    await self._keep_spool()
+            except Exception as error:  # noqa: BLE001  (a worker must not stop following)
+                done = True
+                if repr(error) != said:
+                    said = repr(error)
+                    log.error("The worker's files cannot be looked at: %s; trying again.", said)
 
     async def _refresh(self) -> bool:
         """Take up what changed in the store; whether that is all."""
@@ -160,9 +168,6 @@ class Worker:
             log.error(complaint)
 
     async def _keep_spool(self) -> None:
-        try:
-            await asyncio.to_thread(self.spool.measure)
-            await asyncio.to_thread(self.spool.flush)
-            self.report()
-        except OSError as error:
-            log.error("The prediction log cannot be looked at: %s; trying again.", error)
+        await asyncio.to_thread(self.spool.measure)
+        await asyncio.to_thread(self.spool.flush)
+        self.report()

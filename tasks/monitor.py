@@ -18,6 +18,7 @@ from forecasting import datasets, drift, events, outcomes
 from forecasting.contract import Contract, read_contract
 from forecasting.drift import DriftVerdict
 from forecasting.errors import RegistryError
+from forecasting.predictions import ANSWERS
 from forecasting.registry import PRODUCTION, Registry
 from forecasting.sessions import sessions_between
 from forecasting.settings import Settings
@@ -162,7 +163,9 @@ def report(
     registry.log_metrics(run_id, [("drift_share", newest.share, 0), *metrics])
     registry.log_dict(run_id, {"checks": [asdict(each) for each in verdicts]}, "drift.json")
     registry.log_text(run_id, html, "drift.html")
-    scored = outcomes.scored(engine, symbol, until=newest.recent_end, version=version)
+    scored = outcomes.scored(
+        engine, symbol, until=newest.recent_end, version=version, sources=ANSWERS
+    )
     if len(scored) > 1:
         _report_accuracy(registry, run_id, scored)
     registry.finish(run_id, "FINISHED")

@@ -175,9 +175,9 @@ def test_the_ledger_says_what_came_of_it_and_refuses_a_storm(
 
 
 def readme_commands() -> list[str]:
-    """The shell blocks of the README that ask the server."""
+    """The shell blocks of the README that ask the local stack's server."""
     blocks = re.findall(r"^```sh\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-    return [block for block in blocks if "curl" in block]
+    return [block for block in blocks if "curl -s http://127.0.0.1:8200" in block]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed here")

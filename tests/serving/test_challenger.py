@@ -93,6 +93,37 @@ def test_a_canary_answers_the_same_clients_each_time_and_shares_change_without_r
     assert len(canary) == 2 * shares[2, 2] + 1  # every window twice, the latest prices once
 
 
+def test_a_forecast_from_latest_prices_is_logged_once_for_each_way_it_came_to_be(home):
+    with web(home, shadow_share=1.0) as server:
+        for _ in range(3):
+            assert server.get("/v1/forecast/GOOG").json()["model_version"] == 1
+        settings = load_settings(home=home)
+        write_traffic(settings.traffic_file, Traffic(shadow_share=0.0, canary_share=1.0))
+
+        def canary() -> dict | None:
+            answer = server.get("/v1/forecast/GOOG").json()
+            return answer if answer["model_version"] == 2 else None
+
+        answer = until(canary, "the canary")
+        until(canary, "the canary again")
+    records = logged(home)
+    assert Counter((r.source, r.model_version) for r in records) == {
+        ("get", 1): 1,
+        ("shadow", 2): 1,
+        ("canary", 2): 1,
+    }
+    assert len({r.id for r in records}) == 3
+    assert answer["id"] == next(r.id for r in records if r.source == "canary")
+
+
+def test_a_canary_without_a_forecast_leaves_the_answer_to_the_champion(tmp_path):
+    install(tmp_path, 1, scale=1.0)
+    challenge(tmp_path, 2, scale=2.0, context=100)
+    put_prices(tmp_path, count=80)
+    with web(tmp_path, canary_share=1.0) as server:
+        assert server.get("/v1/forecast/GOOG").json()["model_version"] == 1
+
+
 def test_a_damaged_traffic_file_changes_nothing_and_is_said(home):
     with web(home, canary_share=1.0) as server:
         assert ask(server) == (2, 2)

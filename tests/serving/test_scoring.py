@@ -87,12 +87,9 @@ def mlflow_server(tmp_path_factory):
     folder = home / "model"
     write_model_folder(folder, run_id=run_id, symbols=("GOOG", "AAPL"), context=ROWS, horizon=STEPS)
     version = registry.register(folder, "perennial-goog", run_id)
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(uri)
-    try:
+    with pytest.MonkeyPatch.context() as patch:  # set_tracking_uri would change the environment
+        patch.setenv("MLFLOW_TRACKING_URI", uri)
         model = mlflow.pyfunc.load_model(f"models:/perennial-goog/{version}")
-    finally:
-        mlflow.set_tracking_uri(before)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("_MLFLOW_IS_IN_SERVING_ENVIRONMENT", "true")  # as `init` leaves it
         app = scoring_server.init(model)

@@ -266,7 +266,10 @@ def test_only_signed_versions_are_let_in_where_a_key_is_trusted(tmp_path, regist
     assert follower.step() == []
     assert "it has none. Promote it with PERENNIAL_SIGNING_KEY" in store.refused(FORECASTER).reason
     assert current(store) is None
+    assert follower.step() == [], "not tried again at once"
     sign_version(settings, registry, FORECASTER, version)
+    assert follower.step() == [f"{FORECASTER}/{version}"], "but when the registry says more"
+    assert store.refused(FORECASTER) is None
     assert follower_with(registry, ModelStore(tmp_path / "fresh"), public)[0].step()
     folder = ModelStore(tmp_path / "fresh").version_folder(FORECASTER, version)
     assert check(folder, FORECASTER, version, public).version == version

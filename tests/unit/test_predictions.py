@@ -260,3 +260,37 @@ def test_the_age_of_what_is_not_drained_is_known(tmp_path):
     spool.measure()
     assert spool.oldest == 0
     spool.close()
+
+
+def test_counts_wait_while_the_spool_is_full_and_nothing_of_them_is_lost(tmp_path):
+    spool = Spool(tmp_path, "web", most_bytes=500)
+    spool.append(make_prediction())
+    spool.measure()
+    for _ in range(3):
+        spool.count(answered())
+        assert spool.flush()
+    assert counts_in(tmp_path) == []
+    with open_segments(tmp_path) as segments:
+        for segment in segments:
+            segment.commit(segment.read(), [])
+    spool.measure()
+    spool.flush()
+    assert [each.answers for each in counts_in(tmp_path)] == [3]
+    spool.close()
+
+
+def test_what_waits_in_memory_is_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(predictions, "MOST_PENDING", 20_000)
+    folder = tmp_path / "spool"
+    folder.write_text("in the way")
+    spool = Spool(folder, "web")
+    while sum(len(line) for line, _ in spool._pending) < 20_000:
+        spool.append(make_prediction())
+    with pytest.raises(ServiceError, match="as many as may"):
+        spool.append(make_prediction())
+    assert 3 < spool.pending < 30
+    folder.unlink()
+    assert spool.flush()
+    spool.append(make_prediction())
+    spool.close()
+    assert len(read_all(folder)) == spool.written

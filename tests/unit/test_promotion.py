@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from forecasting.errors import (
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.signing import verify
-from forecasting.store import open_engine
+from forecasting.store import now, open_engine
 from tests.keys import write_pair
 from tests.models import write_model_folder
 from tests.services import InferenceServer, free_port
@@ -406,16 +407,29 @@ def test_a_version_refused_as_challenger_is_judged_anew_in_production(
     assert promote(asking, registry, engine, 1).confirmed
 
 
+def test_a_refusal_of_an_earlier_attempt_is_no_answer_to_this_one(
+    asking: Settings, registry: Registry, engine: Engine, server: InferenceServer
+) -> None:
+    old = {"name": NAME, "version": 1, "reason": "no signature"}
+    server.refused = [old | {"refused_at": (now() - timedelta(seconds=5)).isoformat()}]
+    server.on_ask = lambda: server.models.update({NAME: 1} if server.asked > 2 else {})
+    assert promote(asking, registry, engine, 1).confirmed
+    server.refused = [{**old, "version": 2, "refused_at": (now() + timedelta(5)).isoformat()}]
+    with pytest.raises(ServiceError, match="no signature"):
+        promote(asking, registry, engine, 2)
+
+
 # killed on the way -------------------------------------------------------------------------------
 
 DIES = """
 import os, signal, sys
+from datetime import timedelta
 from pathlib import Path
 from forecasting import promotion
 from forecasting.registry import Registry
 from forecasting.settings import load_settings
 from forecasting.signing import verify
-from forecasting.store import open_engine
+from forecasting.store import now, open_engine
 from tests.keys import write_pair
 
 class Dies(Registry):

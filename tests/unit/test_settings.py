@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from forecasting.errors import ConfigError
 from forecasting.settings import PREFIX, Settings, load_settings
@@ -20,15 +20,18 @@ def test_every_field_has_a_description():
 def test_every_field_is_its_own_environment_variable(field, monkeypatch):
     plain = load_settings()
     default = getattr(plain, field)
-    if isinstance(default, int | float):
+    if isinstance(default, bool):
+        value = str(not default)
+    elif isinstance(default, int | float):
         value = str(default * 1.5 if isinstance(default, float) else default + 1)
-        if field == "drift_share":
-            value = "0.75"
+        value = {"drift_share": "0.75", "rate_limit": "7.5"}.get(field, value)
+        value = "0.25" if field in ("shadow_share", "canary_share") else value
     else:
         value = "file" if field == "source" else "/somewhere/else"
     monkeypatch.setenv(f"{PREFIX}{field.upper()}", value)
     changed = load_settings()
-    assert str(getattr(changed, field)) == value
+    found = getattr(changed, field)
+    assert str(found.get_secret_value() if isinstance(found, SecretStr) else found) == value
     others = set(Settings.model_fields) - {field}
     assert {n: getattr(changed, n) for n in others} == {n: getattr(plain, n) for n in others}
 
