@@ -7,13 +7,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 from serving.model_store import ModelStore
 from tests.models import make_snapshot, price_rows, write_model_folder
@@ -129,6 +130,16 @@ def web(home: Path, *, ready: bool = True, **settings: object) -> Iterator[Serve
 
         until(answers, "the server to answer")
         yield server
+
+
+def workers(server: Server) -> set[int]:
+    """Web workers that really serve (multiprocessing's resource tracker is a child too)."""
+    found = set()
+    for child in psutil.Process(server.popen.pid).children():
+        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
+            if any("spawn_main" in part for part in child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 def install(home: Path, version: int, **model: Any) -> None:

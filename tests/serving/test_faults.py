@@ -19,24 +19,14 @@ from forecasting.registry import PRODUCTION, Registry
 from tests.models import write_model_folder
 from tests.serving.running import (
     FORECASTER,
-    Server,
     install,
     put_prices,
     request_body,
     started,
     until,
     web,
+    workers,
 )
-
-
-def workers(server: Server) -> set[int]:
-    """Web workers that really serve (multiprocessing's resource tracker is a child too)."""
-    found = set()
-    for child in psutil.Process(server.popen.pid).children():
-        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):
-            if any("spawn_main" in part for part in child.cmdline()):
-                found.add(child.pid)
-    return found
 
 
 def spooled(home: Path) -> list[Prediction]:
