@@ -1,8 +1,9 @@
-"""No-wait batching: what arrived while the last batch was computed is the next one.
+"""Batching: what arrived while the last batch was computed is the next one.
 
 Requests that the event loop reads in one turn are computed together in the next, on the event loop
 itself: handing a tenth of a millisecond of work to a thread would cost more than the work. While it
 computes, the operating system collects the next requests. Only large batches go to a thread.
+How many are worth computing is for `pace` to say.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from forecasting.errors import ModelError
 from forecasting.predictions import Spool, Window, computed_line
 from serving.answers import Numbers, numbers
+from serving.pace import Pace
 from serving.problems import ProblemError
 from serving.queries import Query, joined, prepare
 from serving.windows import Tensors
@@ -53,12 +55,16 @@ class Batcher:
     Args:
         spool: where what was computed is written before it is answered.
         observe: called with the number of windows and rows of each batch.
+        pace: says when a batch is worth computing.
     """
 
-    def __init__(self, spool: Spool, observe: Observe) -> None:
+    def __init__(self, spool: Spool, observe: Observe, pace: Pace | None = None) -> None:
         self._spool = spool
         self._observe = observe
         self._waiting: list[_Waiting] = []
+        self._pace = pace or Pace()
+        self._is_due = False
+        self._timer: asyncio.TimerHandle | None = None
         self._pool = ThreadPoolExecutor(1, "batch")
 
     def submit(self, query: Query) -> "asyncio.Future[Computed]":
@@ -68,18 +74,28 @@ class Batcher:
         answer with numbers, ServiceError if the forecasts can no longer be logged.
         """
         loop = asyncio.get_running_loop()
-        if not self._waiting:
-            loop.call_soon(self._run)
         waiting = _Waiting(query, loop.create_future())
         self._waiting.append(waiting)
+        if not self._is_due:
+            self._schedule(loop)
         return waiting.answer
 
     async def close(self) -> None:
         """Wait for what is being computed in the thread."""
         await asyncio.to_thread(self._pool.shutdown)
 
+    def _schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._pace.is_enough(len(self._waiting), loop.time()):
+            self._is_due = True
+            if self._timer is not None:
+                self._timer.cancel()
+            loop.call_soon(self._run)
+        elif self._timer is None:
+            self._timer = loop.call_later(self._pace.hold_seconds, self._run)
+
     def _run(self) -> None:
         waiting, self._waiting = self._waiting, []
+        self._is_due, self._timer = False, None
         for batch in _batches(waiting):
             count = sum(each.query.size for each in batch)
             self._observe(count, count * batch[0].query.served.contract.context)
@@ -87,6 +103,7 @@ class Batcher:
                 _answer(batch, self._outcomes(batch))
             else:
                 self._start_thread(batch)
+        self._pace.computed(len(waiting), asyncio.get_running_loop().time())
 
     def _start_thread(self, group: list[_Waiting]) -> None:
         loop = asyncio.get_running_loop()

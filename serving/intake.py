@@ -4,8 +4,7 @@ import re
 from collections.abc import Sequence
 from datetime import date
 from itertools import chain
-from operator import attrgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from forecasting.contract import COLUMNS, Contract
 from serving import problems
-from serving.schemas import REQUEST_SHAPE, ForecastRequest, ForecastRequests
+from serving.schemas import REQUEST_SHAPE, ForecastRequest, ForecastRequests, PriceRow
 from serving.windows import Rows, Tensors
 
 FIRST_DAY, LAST_DAY = date(1985, 1, 1), date(2050, 11, 30)
@@ -25,8 +24,6 @@ _SHOWN = 5
 _NOT_JSON_NUMBER = re.compile(rb"[:,\[]\s*(-?(?:NaN|nan|Infinity|inf))\b")
 _one = msgspec.json.Decoder(ForecastRequest)
 _many = msgspec.json.Decoder(ForecastRequests)
-_day = attrgetter("date")
-_values = attrgetter("open", "high", "low", "close", "volume")
 
 
 def parse_request(body: bytes) -> ForecastRequest:
@@ -69,10 +66,7 @@ def unreadable(body: bytes, error: Exception, expected: str) -> problems.Problem
 
 def rows_of(request: ForecastRequest) -> Rows:
     """The arrays of one decoded window."""
-    count = len(request.rows)
-    ordinals = np.fromiter(map(date.toordinal, map(_day, request.rows)), np.int64, count)
-    values = np.fromiter(chain.from_iterable(map(_values, request.rows)), np.float64, 5 * count)
-    return Rows(request.symbol, ordinals - EPOCH_ORDINAL, values.reshape(count, 5))
+    return Rows(request.symbol, *_arrays(request.rows))
 
 
 def stack(requests: Sequence[ForecastRequest], contract: Contract) -> Tensors | None:
@@ -81,13 +75,11 @@ def stack(requests: Sequence[ForecastRequest], contract: Contract) -> Tensors | 
     if any(len(each.rows) != context for each in requests):
         return None
     rows = [row for each in requests for row in each.rows]
-    ordinals = np.fromiter(map(date.toordinal, map(_day, rows)), np.int64, count * context)
-    values = np.fromiter(chain.from_iterable(map(_values, rows)), np.float64, 5 * count * context)
+    days, values = _arrays(rows)
     with np.errstate(over="ignore", under="ignore"):
         ohlcv = values.astype(np.float32).reshape(count, context, 5)
     symbols = [contract.symbol_index(each.symbol) for each in requests]
-    dates = (ordinals - EPOCH_ORDINAL).reshape(count, context)
-    tensors = Tensors(ohlcv, dates, np.array(symbols, dtype=np.int64))
+    tensors = Tensors(ohlcv, days.reshape(count, context), np.array(symbols, dtype=np.int64))
     return tensors if _are_usable(tensors) else None
 
 
@@ -138,6 +130,14 @@ def _fit(rows: Rows, context: int, max_rows: int) -> tuple[NDArray[np.int64], ND
     if not _are_prices(ohlcv):
         _check_values(days[-context:], rows.ohlcv[-context:], count - context)
     return days[-context:], ohlcv
+
+
+def _arrays(rows: Sequence[PriceRow]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Days since 1970 [rows] and values [rows, 5]; a row is a date and five numbers."""
+    flat: list[Any] = list(chain.from_iterable(map(msgspec.structs.astuple, rows)))
+    days = np.fromiter(map(date.toordinal, flat[::6]), np.int64, len(rows)) - EPOCH_ORDINAL
+    del flat[::6]
+    return days, np.fromiter(flat, np.float64, len(flat)).reshape(len(rows), 5)
 
 
 def _joined(arrays: list[NDArray[Number]]) -> NDArray[Number]:
