@@ -8,11 +8,13 @@ again. A version that is refused is told through the outbox (`forecasting.events
 
 import hashlib
 import logging
+import os
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,6 +97,10 @@ class Teller:
         return told
 
 
+Files = frozenset[tuple[str, int, int, int]]
+"""Name, inode, size and time of change of each file of a folder."""
+
+
 @dataclass(frozen=True)
 class _Trouble:
     """A version that could not be taken up for a reason that is not its own."""
@@ -125,7 +131,7 @@ class AliasFollower:
         self._store = store
         self._trusted_key = trusted_key
         self._on_refusal = on_refusal
-        self._sound: set[tuple[str, int]] = set()
+        self._sound: dict[tuple[str, int], Files] = {}
         self._troubles: dict[tuple[str, str], _Trouble] = {}
 
     def step(self) -> list[str]:
@@ -181,21 +187,28 @@ class AliasFollower:
         except ContractError as error:
             self._refuse(name, version, alias, str(error))
             return []
-        self._sound.add((name, version))
+        self._note_sound(name, version)
         log.info("installed %s version %d as %s", name, version, alias)
         return [f"{name}/{version}"]
 
     def _is_there(self, name: str, version: int, alias: str) -> bool:
-        """Whether the store serves it; what lay there before this process is checked once."""
+        """Whether the store serves it, and it is whole: checked again if a file of it changed."""
+        folder = self._store.version_folder(name, version)
         try:
             if version != self._pointed(name, alias):
                 return False
-            if (name, version) not in self._sound:
-                check(self._store.version_folder(name, version), name, version, self._trusted_key)
-        except ContractError:
+            if self._sound.get((name, version)) == _files(folder):
+                return True
+            check(folder, name, version, self._trusted_key)
+        except ContractError as error:
+            if self._sound.pop((name, version), None) is not None:
+                log.warning("%s version %d is damaged in the store: %s", name, version, error)
             return False
-        self._sound.add((name, version))
+        self._note_sound(name, version)
         return True
+
+    def _note_sound(self, name: str, version: int) -> None:
+        self._sound[name, version] = _files(self._store.version_folder(name, version))
 
     def _pointed(self, name: str, alias: str) -> int | None:
         if alias == CHALLENGER:
@@ -260,6 +273,15 @@ class AliasFollower:
             return False
         self._store.describe(registered)
         return True
+
+
+def _files(folder: Path) -> Files:
+    found = set()
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            stat = entry.stat()
+            found.add((entry.name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return frozenset(found)
 
 
 class PriceFollower:

@@ -140,11 +140,16 @@ def test_a_refusal_is_forgotten_some_time_after_production_moved_away(tmp_path, 
     assert store.refused(FORECASTER) is None
 
 
-def test_a_version_damaged_in_the_store_is_laid_anew_at_the_next_start(tmp_path, registry, store):
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_version_damaged_in_the_store_is_laid_anew(tmp_path, registry, store, restarted):
     version = register(registry, tmp_path, 1.0)
-    AliasFollower(registry, store).step()
-    (store.version_folder(FORECASTER, version) / MODEL_FILE).write_bytes(b"damaged")
-    assert AliasFollower(registry, store).step() == [f"{FORECASTER}/{version}"]
+    follower = AliasFollower(registry, store)
+    assert [follower.step(), follower.step()] == [[f"{FORECASTER}/{version}"], []]
+    path = store.version_folder(FORECASTER, version) / MODEL_FILE
+    path.write_bytes(b"damaged")
+    follower = AliasFollower(registry, store) if restarted else follower
+    assert [follower.step(), follower.step()] == [[f"{FORECASTER}/{version}"], []]
+    assert check(path.parent, FORECASTER, version).version == version
 
 
 def test_a_damaged_pointer_is_written_anew(tmp_path, registry, store):
