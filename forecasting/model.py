@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
@@ -44,6 +45,7 @@ PATIENCE = 8
 EXPORT_TOLERANCE = 1e-4
 """Largest relative difference between the exported graph and torch."""
 OPSET = 17
+_INPUTS = ("ohlcv", "dates", "symbol")
 _SCORE = "validation_crps_bp"
 _BP = 1e4
 
@@ -361,10 +363,27 @@ def _write_graph(fitted: Fitted, path: Path) -> None:
             path,
             dynamo=False,
             opset_version=OPSET,
-            input_names=["ohlcv", "dates", "symbol"],
+            input_names=list(_INPUTS),
             output_names=["quantiles"],
-            dynamic_axes={n: {0: "batch"} for n in ("ohlcv", "dates", "symbol", "quantiles")},
+            dynamic_axes={n: {0: "batch"} for n in (*_INPUTS, "quantiles")},
         )
+    _keep_inputs(path, fitted.sample)
+
+
+def _keep_inputs(path: Path, windows: Windows) -> None:
+    """Name all inputs, also those that nothing is computed from, which the exporter leaves out.
+
+    Who asks a version need not know whether its LSTM is on.
+    """
+    model = onnx.load(path)
+    found = {item.name: item for item in model.graph.input}
+    del model.graph.input[:]
+    for name in _INPUTS:
+        array = getattr(windows, name)
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        unused = onnx.helper.make_tensor_value_info(name, kind, ["batch", *array.shape[1:]])
+        model.graph.input.append(found.get(name, unused))
+    onnx.save(model, path)
 
 
 def _check(fitted: Fitted, draft: Path, expected: Sequence[Any] | np.ndarray[Any, Any]) -> None:

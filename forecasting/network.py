@@ -78,7 +78,8 @@ class Volatility(nn.Module):
 class Network(nn.Module):
     """Price quantiles from rows; see the module's docstring.
 
-    With the buffer `switch` at 0 the LSTM is off and the volatility baseline is what comes out.
+    With the buffer `switch` at 0 the LSTM is off and the volatility baseline is what comes out;
+    nothing else is computed then, nor exported.
     """
 
     switch: Tensor
@@ -115,9 +116,11 @@ class Network(nn.Module):
             sigma: [batch, horizon].
             shape: [batch, horizon, levels], in units of sigma.
         """
+        if not self.switch:
+            return sigma.unsqueeze(-1) * shape
         start = inputs.new_zeros(self.layers, inputs.shape[0], self.hidden)
         states, _ = self.lstm(inputs, (start, start))
-        bounded = self.switch * torch.tanh(self.head(self.dropout(states[:, -1])))
+        bounded = torch.tanh(self.head(self.dropout(states[:, -1])))
         scale = sigma * torch.exp(self.reach * bounded[:, :-1])
         size = shape.abs().clamp(min=1e-6)
         bent = shape * torch.exp(TAIL_REACH * bounded[:, -1, None, None] * torch.log(size))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -108,6 +109,21 @@ def test_the_export_gives_what_torch_gives(fitted, splits, tmp_path):
     np.testing.assert_allclose(one, expected[:1], rtol=1e-5)
     golden = decode(files[GOLDEN_FILE], Golden, GOLDEN_FILE)
     assert golden.dates == splits.validation.dates[-1:].tolist()
+
+
+def test_what_is_switched_off_is_not_exported_and_nothing_else_changes(fitted, splits, tmp_path):
+    network = Network(CONFIG, 5, 1).eval()
+    network.load_state_dict(fitted.network.state_dict())
+    network.switch.zero_()
+    off = replace(fitted, network=network, kind="volatility")
+    _exported(off, tmp_path / "model")
+    operators = {node.op_type for node in onnx.load(tmp_path / "model" / MODEL_FILE).graph.node}
+    assert operators.isdisjoint({"LSTM", "Sin", "Cos"})
+    gate = splits.gate
+    sigma, shape = network.volatility(torch.from_numpy(gate.ohlcv), torch.from_numpy(gate.symbol))
+    expected = gate.last_close[:, None, None] * np.exp((sigma.unsqueeze(-1) * shape).numpy())
+    got = _load(off, tmp_path / "model").predict(gate.ohlcv, gate.dates, gate.symbol)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 class _Unfaithful(Network):
