@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -121,7 +122,17 @@ def test_a_cluster_is_used_and_left_running(splits, tmp_path):
         assert not ray.is_initialized()
         assert head.poll() is None
     finally:
-        os.killpg(head.pid, signal.SIGTERM)
+        _end(head)
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    """`ray start --block` ends what it started, one after the other; all at once they may hang."""
+    head.terminate()
+    try:
+        head.wait(30)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
         head.wait(30)
 
 
