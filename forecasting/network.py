@@ -4,17 +4,20 @@ Raw rows in, price quantiles out; features, scaling and the way back to prices a
 graph, so that nothing is left to compute where it is served.
 
 1. A heterogeneous autoregression (Corsi 2009) forecasts, for each horizon, the log of the mean
-   range variance, log(high / low)^2 / (4 log 2) (Parkinson 1980), from its means over the last 1,
-   5 and 22 rows. Its coefficients are ordinary least squares, held as buffers.
+   range variance, log(high / low)^2 / (4 log 2) (Parkinson 1980), from the means of its log over
+   the last 1, 5 and 22 rows and over the whole window. Its coefficients are ordinary least squares
+   over all windows of all symbols, held as buffers.
 2. The quantiles of past returns divided by that volatility (filtered historical simulation) turn
-   it into a distribution. That much is the volatility baseline.
+   it into a distribution, again over all symbols: what a short history has not seen yet, an other's
+   has. That much is the volatility baseline.
 3. An LSTM scales it per horizon and thickens or thins its tails; it does not move its middle,
    since a learned mean or skew did worse on days it had not seen. The corrections are monotone in
    the quantile, so quantiles never cross; they are bounded, and start near nothing.
+
+Nothing is tied to a symbol, so that a version answers for one that it was not trained on as well.
 """
 
 import math
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +27,7 @@ from forecasting.hyperparameters import ModelConfig
 from forecasting.windows import Windows
 
 SPANS = (1, 5, 22)
-"""Rows over which the autoregression averages past log variance."""
+"""Rows over which the autoregression averages past log variance, beside the whole window."""
 FLOOR = 1e-6
 """Added to a variance before its log: a day that never moved counts as 0.1 % of movement."""
 TAIL_REACH = 0.25
@@ -37,42 +40,49 @@ _PARKINSON = 1 / (4 * math.log(2))
 class Volatility(nn.Module):
     """The baseline: sigma per horizon, and the quantiles of returns in units of sigma.
 
-    Buffers (one row a symbol): `coefficients` [symbols, horizon, 4], `shape` [symbols, horizon,
-    levels].
+    An average over rows and a regression on averages are one matrix: so they are held.
+
+    Buffers: `weights` [context, horizon] and `bias` [horizon], which make the log variance of the
+    h-day return of the log variances of the rows; `shape` [horizon, levels].
     """
 
-    coefficients: Tensor
+    weights: Tensor
+    bias: Tensor
     shape: Tensor
 
-    def __init__(self, horizon: int, symbols: int) -> None:
+    def __init__(self, context: int, horizon: int) -> None:
         super().__init__()
-        self.horizon = horizon
-        terms, levels = len(SPANS) + 1, len(QUANTILE_LEVELS)
-        self.register_buffer("coefficients", torch.zeros(symbols, horizon, terms))
-        self.register_buffer("shape", torch.zeros(symbols, horizon, levels))
-        steps = torch.arange(1, horizon + 1, dtype=torch.float32)
-        self.register_buffer("root_steps", steps.sqrt(), persistent=False)
+        self.register_buffer("weights", torch.zeros(context, horizon))
+        self.register_buffer("bias", torch.zeros(horizon))
+        self.register_buffer("shape", torch.zeros(horizon, len(QUANTILE_LEVELS)))
 
-    def forward(self, ohlcv: Tensor, symbol: Tensor) -> tuple[Tensor, Tensor]:
-        """Sigma of the h-day log return [batch, horizon] and its quantiles [batch, horizon, k]."""
-        terms = regressors(ohlcv).unsqueeze(1)
-        log_variance = (terms * self.coefficients[symbol]).sum(-1)
-        sigma = torch.exp(0.5 * log_variance) * cast(Tensor, self.root_steps)
-        return sigma, self.shape[symbol]
+    def forward(self, ohlcv: Tensor) -> Tensor:
+        """Sigma of the h-day log return, [batch, horizon]."""
+        return torch.exp(0.5 * torch.addmm(self.bias, _daily(ohlcv), self.weights))
 
     @torch.no_grad()
     def estimate(self, windows: Windows) -> None:
-        """Set the buffers from windows whose targets are known, in float64, symbol by symbol."""
+        """Set the buffers from windows whose targets are known, of any symbols, in float64."""
+        daily = _daily(torch.from_numpy(windows.ohlcv).double())
+        averages = _averages(daily.shape[1])
+        terms = torch.cat([torch.ones(len(daily), 1).double(), daily @ averages], dim=1)
+        ahead = log_variance(torch.from_numpy(windows.ranges) * _PARKINSON)
+        solved = torch.linalg.lstsq(terms, ahead, driver="gelsd").solution
+        steps = torch.arange(1, windows.horizon + 1).double()
+        self.weights.copy_(averages @ solved[1:])
+        self.bias.copy_(solved[0] + steps.log())
+        sigma = torch.exp(0.5 * terms @ solved) * steps.sqrt()
         levels = torch.tensor(QUANTILE_LEVELS, dtype=torch.float64)
-        for index in range(len(self.coefficients)):
-            own = windows.take(windows.symbol == index)
-            terms = regressors(torch.from_numpy(own.ohlcv).double())
-            ahead = log_variance(torch.from_numpy(own.ranges) * _PARKINSON)
-            solved = torch.linalg.lstsq(terms, ahead, driver="gelsd").solution
-            sigma = torch.exp(0.5 * terms @ solved) * cast(Tensor, self.root_steps).double()
-            residuals = torch.from_numpy(own.returns) / sigma
-            self.coefficients[index] = solved.T
-            self.shape[index] = torch.quantile(residuals, levels, dim=0).T
+        residuals = torch.from_numpy(windows.returns) / sigma
+        self.shape.copy_(torch.quantile(residuals, levels, dim=0).T)
+
+
+def _averages(context: int) -> Tensor:
+    """[context, 4], float64: what makes of a window its means over `SPANS` and over all of it."""
+    columns = torch.zeros(context, len(SPANS) + 1).double()
+    for column, span in enumerate((*SPANS, context)):
+        columns[-span:, column] = 1 / span
+    return columns
 
 
 class Network(nn.Module):
@@ -84,11 +94,11 @@ class Network(nn.Module):
 
     switch: Tensor
 
-    def __init__(self, config: ModelConfig, horizon: int, symbols: int) -> None:
+    def __init__(self, config: ModelConfig, context: int, horizon: int) -> None:
         super().__init__()
-        self.horizon, self.reach = horizon, config.reach
+        self.reach = config.reach
         self.hidden, self.layers = config.hidden, config.layers
-        self.volatility = Volatility(horizon, symbols)
+        self.volatility = Volatility(context, horizon)
         self.lstm = nn.LSTM(FEATURES, config.hidden, config.layers, batch_first=True)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.hidden, horizon + 1)
@@ -102,20 +112,19 @@ class Network(nn.Module):
         Args:
             ohlcv: float32 [batch, context, 5].
             dates: int64 [batch, context], days since 1970-01-01.
-            symbol: int64 [batch].
+            symbol: int64 [batch]; whatever it is, the answer is the same.
         """
-        sigma, shape = self.volatility(ohlcv, symbol)
-        moves = self.correct(features(ohlcv, dates), sigma, shape)
+        moves = self.correct(features(ohlcv, dates), self.volatility(ohlcv))
         return ohlcv[:, -1, 3, None, None] * torch.exp(moves)
 
-    def correct(self, inputs: Tensor, sigma: Tensor, shape: Tensor) -> Tensor:
+    def correct(self, inputs: Tensor, sigma: Tensor) -> Tensor:
         """Quantiles of log returns [batch, horizon, levels], the baseline corrected by the LSTM.
 
         Args:
             inputs: [batch, context - 1, FEATURES].
             sigma: [batch, horizon].
-            shape: [batch, horizon, levels], in units of sigma.
         """
+        shape = self.volatility.shape
         if not self.switch:
             return sigma.unsqueeze(-1) * shape
         start = inputs.new_zeros(self.layers, inputs.shape[0], self.hidden)
@@ -135,13 +144,6 @@ def log_variance(variance: Tensor) -> Tensor:
 def _daily(ohlcv: Tensor) -> Tensor:
     """Log range variance of each row, [batch, context]."""
     return log_variance(torch.log(ohlcv[:, :, 1] / ohlcv[:, :, 2]).square() * _PARKINSON)
-
-
-def regressors(ohlcv: Tensor) -> Tensor:
-    """[batch, 4]: one, and the mean log range variance of the last 1, 5 and 22 rows."""
-    daily = _daily(ohlcv)
-    means = [daily[:, -span:].mean(1) for span in SPANS]
-    return torch.stack([torch.ones_like(means[0]), *means], dim=1)
 
 
 def features(ohlcv: Tensor, dates: Tensor) -> Tensor:

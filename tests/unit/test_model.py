@@ -12,7 +12,7 @@ from forecasting import backtest, metrics
 from forecasting.contract import GOLDEN_FILE, MODEL_FILE, QUANTILE_LEVELS, Golden, decode, seal
 from forecasting.errors import TrainingError
 from forecasting.inference import Forecaster
-from forecasting.model import Fitted, ModelConfig, crps, export_onnx, fit
+from forecasting.model import Fitted, ModelConfig, _Inputs, _widths, crps, export_onnx, fit
 from forecasting.network import Network
 from forecasting.windows import Splits, make_windows, split
 from tests.market import goog, market
@@ -92,6 +92,20 @@ def test_a_network_that_learned_nothing_is_switched_off(splits, tmp_path):
     assert float(harmed.network.switch) == 0
 
 
+@pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
+def test_quantiles_are_widened_half_as_far_as_new_days_ask_for(fitted, splits, factor):
+    torch.manual_seed(0)
+    inputs = _Inputs.of(fitted.network, splits.train)
+    with torch.no_grad():
+        quantiles = fitted.network.correct(inputs.features, inputs.sigma)
+    drawn = torch.randint(0, len(QUANTILE_LEVELS), quantiles.shape[:2])
+    planted = replace(inputs, returns=quantiles.gather(2, drawn[:, :, None])[:, :, 0] * factor)
+    before = fitted.network.volatility.shape.clone()
+    found = _widths(fitted.network, planted)
+    assert found.mean().item() == pytest.approx((1 + factor) / 2, abs=0.035)
+    assert torch.equal(fitted.network.volatility.shape, before)
+
+
 def test_the_export_gives_what_torch_gives(fitted, splits, tmp_path):
     files = _exported(fitted, tmp_path / "model")
     assert sorted(files) == [GOLDEN_FILE, MODEL_FILE]
@@ -112,7 +126,7 @@ def test_the_export_gives_what_torch_gives(fitted, splits, tmp_path):
 
 
 def test_what_is_switched_off_is_not_exported_and_nothing_else_changes(fitted, splits, tmp_path):
-    network = Network(CONFIG, 5, 1).eval()
+    network = Network(CONFIG, 40, 5).eval()
     network.load_state_dict(fitted.network.state_dict())
     network.switch.zero_()
     off = replace(fitted, network=network, kind="volatility")
@@ -120,8 +134,9 @@ def test_what_is_switched_off_is_not_exported_and_nothing_else_changes(fitted, s
     operators = {node.op_type for node in onnx.load(tmp_path / "model" / MODEL_FILE).graph.node}
     assert operators.isdisjoint({"LSTM", "Sin", "Cos"})
     gate = splits.gate
-    sigma, shape = network.volatility(torch.from_numpy(gate.ohlcv), torch.from_numpy(gate.symbol))
-    expected = gate.last_close[:, None, None] * np.exp((sigma.unsqueeze(-1) * shape).numpy())
+    sigma = network.volatility(torch.from_numpy(gate.ohlcv)).numpy()[:, :, None]
+    moves = sigma * network.volatility.shape.numpy()
+    expected = gate.last_close[:, None, None] * np.exp(moves)
     got = _load(off, tmp_path / "model").predict(gate.ohlcv, gate.dates, gate.symbol)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
@@ -134,7 +149,7 @@ class _Unfaithful(Network):
 
 
 def test_an_export_that_differs_from_torch_is_refused(fitted, tmp_path):
-    network = _Unfaithful(CONFIG, 5, 1).eval()
+    network = _Unfaithful(CONFIG, 40, 5).eval()
     network.load_state_dict(fitted.network.state_dict())
     with pytest.raises(TrainingError, match=r"cannot be served.*does not reproduce"):
         _exported(replace(fitted, network=network), tmp_path / "model")

@@ -13,19 +13,19 @@ from forecasting.network import FLOOR, SPANS, ModelConfig, Network, Volatility, 
 from forecasting.windows import Windows, join, make_windows
 from tests.market import market
 
-HORIZON = 5
+CONTEXT, HORIZON = 40, 5
 
 
 @pytest.fixture(scope="module")
 def windows() -> Windows:
-    every = make_windows(market(320), 40, HORIZON)
+    every = make_windows(market(320), CONTEXT, HORIZON)
     return every.take(every.known)
 
 
 def _network(windows: Windows, seed: int = 1, boldness: float = 30.0) -> Network:
     """A network whose LSTM corrects boldly, as no fit would leave it."""
     torch.manual_seed(seed)
-    network = Network(ModelConfig(hidden=8), HORIZON, 1)
+    network = Network(ModelConfig(hidden=8), CONTEXT, HORIZON)
     network.volatility.estimate(windows)
     with torch.no_grad():
         network.head.weight.mul_(boldness)
@@ -39,16 +39,16 @@ def _prices(network: Network, windows: Windows) -> np.ndarray:
 
 
 def test_volatility_agrees_with_a_slow_loop(windows):
-    volatility = Volatility(HORIZON, 1)
+    volatility = Volatility(CONTEXT, HORIZON)
     volatility.estimate(windows)
-    sigma, shape = volatility(torch.from_numpy(windows.ohlcv), torch.from_numpy(windows.symbol))
+    sigma = volatility(torch.from_numpy(windows.ohlcv))
 
     def log_variance(rows):
         return np.array([np.log(np.log(r[1] / r[2]) ** 2 / (4 * np.log(2)) + FLOOR) for r in rows])
 
     design = np.array(
         [
-            [1.0, *(log_variance(window[-span:]).mean() for span in SPANS)]
+            [1.0, *(log_variance(window[-span:]).mean() for span in (*SPANS, CONTEXT))]
             for window in windows.ohlcv.astype(float)
         ]
     )
@@ -58,18 +58,16 @@ def test_volatility_agrees_with_a_slow_loop(windows):
         slow = np.exp(0.5 * design @ solved) * np.sqrt(h + 1)
         np.testing.assert_allclose(sigma[:, h].numpy(), slow, rtol=1e-3)
         residuals = np.quantile(windows.returns[:, h] / slow, QUANTILE_LEVELS)
-        np.testing.assert_allclose(shape[0, h].numpy(), residuals, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(volatility.shape[h].numpy(), residuals, rtol=1e-3, atol=1e-4)
 
 
-def test_each_symbol_has_a_baseline_of_its_own(windows):
-    other = make_windows(market(320, seed=5), 40, HORIZON, symbol_index=1)
-    other = other.take(other.known)
-    both, alone = Volatility(HORIZON, 2), Volatility(HORIZON, 1)
-    both.estimate(join([windows, other]))
-    alone.estimate(replace(other, symbol=np.zeros_like(other.symbol)))
-    torch.testing.assert_close(both.coefficients[1], alone.coefficients[0])
-    torch.testing.assert_close(both.shape[1], alone.shape[0])
-    assert not torch.equal(both.shape[0], both.shape[1])
+def test_one_baseline_is_learned_from_all_symbols_and_answers_for_any(windows):
+    other = make_windows(market(320, seed=5), CONTEXT, HORIZON, symbol_index=1)
+    both = join([windows, other.take(other.known)])
+    network, alone = _network(both), _network(windows)
+    assert not torch.equal(network.volatility.shape, alone.volatility.shape)
+    renamed = replace(both, symbol=np.full_like(both.symbol, 77))
+    np.testing.assert_array_equal(_prices(network, renamed), _prices(network, both))
 
 
 @settings(max_examples=25, deadline=None)
@@ -97,10 +95,8 @@ def test_switched_off_it_is_the_volatility_baseline(windows):
     network = _network(windows)
     corrected = _prices(network, windows)
     network.switch.zero_()
-    sigma, shape = network.volatility(
-        torch.from_numpy(windows.ohlcv), torch.from_numpy(windows.symbol)
-    )
-    baseline = windows.last_close[:, None, None] * np.exp((sigma.unsqueeze(-1) * shape).numpy())
+    sigma = network.volatility(torch.from_numpy(windows.ohlcv)).numpy()[:, :, None]
+    baseline = windows.last_close[:, None, None] * np.exp(sigma * network.volatility.shape.numpy())
     np.testing.assert_allclose(_prices(network, windows), baseline, rtol=1e-6)
     assert np.abs(corrected / baseline - 1).max() > 1e-3
 
