@@ -61,6 +61,10 @@ bench-loop: $(STAMP) ## measure the loop; the last line is one JSON object
 bench-serving: $(STAMP) ## measure serving beside its peers; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.serving
 
+.PHONY: bench-quality
+bench-quality: $(STAMP) ## measure the forecasts beside their peers; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.quality
+
 .PHONY: format
 format: $(STAMP) ## format and fix imports
 	$(BIN)/ruff check --fix .

@@ -44,7 +44,7 @@ def random_walk_quantiles(
         HistoryError: an origin is not a row of the frame, or has too few residuals behind it.
     """
     logs = _log_close(frame)
-    rows = _positions(frame, origins)
+    rows = positions(frame, origins)
     residuals = [logs[step:] - logs[:-step] for step in range(1, horizon + 1)]
     return _residual_quantiles(residuals, rows, levels, window)
 
@@ -62,7 +62,7 @@ def drift_quantiles(
     then. Arguments, shapes and errors as in `random_walk_quantiles`.
     """
     logs = _log_close(frame)
-    rows = _positions(frame, origins)
+    rows = positions(frame, origins)
     days = np.arange(len(logs), dtype=np.float64)
     mean = np.divide(logs - logs[0], days, out=np.zeros_like(logs), where=days > 0)
     skip = _LEAST_RESIDUALS  # the mean of a few days is noise
@@ -87,7 +87,7 @@ def har_quantiles(
     in units of the volatility forecast for them. Fitted anew at each origin. Arguments, shapes
     and errors as in `random_walk_quantiles`.
     """
-    rows = _positions(frame, origins)
+    rows = positions(frame, origins)
     logs, variance = _log_close(frame), range_variance(frame)
     design = _har_design(variance)
     out = np.empty((len(rows), horizon, len(levels)))
@@ -131,12 +131,23 @@ def _forward_mean(x: Array, step: int) -> Array:
     return mean
 
 
+def log_returns(frame: pd.DataFrame) -> Array:
+    """Log of each close over the one before it [rows - 1]."""
+    returns: Array = np.diff(_log_close(frame))
+    return returns
+
+
 def _log_close(frame: pd.DataFrame) -> Array:
     logs: Array = np.log(frame["close"].to_numpy(np.float64))
     return logs
 
 
-def _positions(frame: pd.DataFrame, origins: Origins) -> NDArray[np.intp]:
+def positions(frame: pd.DataFrame, origins: Origins) -> NDArray[np.intp]:
+    """Rows of origins [n].
+
+    Raises:
+        HistoryError: an origin is not a row of the frame.
+    """
     index = pd.DatetimeIndex(frame.index)
     rows = index.get_indexer(pd.DatetimeIndex(np.asarray(origins, dtype="datetime64[D]")))
     if (rows < 0).any():

@@ -38,7 +38,16 @@ from forecasting.inference import Forecaster
 from forecasting.network import Network, features
 from forecasting.windows import Splits, Windows, join
 
-__all__ = ["EpochScore", "Fitted", "ModelConfig", "export_onnx", "fit"]
+__all__ = [
+    "EpochScore",
+    "Fitted",
+    "ModelConfig",
+    "calibrate",
+    "export_onnx",
+    "fit",
+    "quantiles_of_returns",
+    "untrained",
+]
 
 PATIENCE = 8
 """Epochs without a better validation score after which a final fit stops."""
@@ -221,26 +230,22 @@ def fit(
         TrainingError: the loss is no longer a finite number.
     """
     with _one_thread(), _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        network = Network(config, splits.train.context, splits.train.horizon)
-        network.volatility.estimate(splits.train)
+        network = untrained(splits, config)
         training = _Training(network, splits, config, report)
-        untrained = training.score()
+        first = training.score()
         volatility = _switched_off(training)
         best = _run(training, epochs, patience, folder, resume)
         trained = min(training.history, key=lambda s: s.validation)
-        lstm = trained.validation < min(untrained, volatility)
+        lstm = trained.validation < min(first, volatility)
         network.load_state_dict(best)
         network.switch.fill_(float(lstm))
-        widths = _widths(network.eval(), training.validation_inputs)
-        network.volatility.estimate(join([splits.train, splits.validation]))
-        network.volatility.shape.mul_(widths[:, None])
+        calibrate(network.eval(), splits)
     return Fitted(
         config=config,
         kind="lstm" if lstm else "volatility",
         network=network.eval(),
         trained=trained.validation,
-        untrained=untrained,
+        untrained=first,
         volatility=volatility,
         best_epoch=trained.epoch,
         history=tuple(training.history),
@@ -248,6 +253,36 @@ def fit(
         train_end=splits.validation.last_day,
         sample=splits.validation.take(np.arange(len(splits.validation))[-16:]),
     )
+
+
+def untrained(splits: Splits, config: ModelConfig) -> Network:
+    """A network with its first weights, around the baseline of the training windows."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = Network(config, splits.train.context, splits.train.horizon)
+    network.volatility.estimate(splits.train)
+    return network
+
+
+def calibrate(network: Network, splits: Splits) -> None:
+    """Estimate the baseline anew with the validation windows, as wide as those ask for.
+
+    Args:
+        network: ready but for that; its baseline is still that of `splits.train`.
+        splits: windows; those of the gate are not looked at.
+    """
+    widths = _widths(network, _Inputs.of(network, splits.validation))
+    network.volatility.estimate(join([splits.train, splits.validation]))
+    network.volatility.shape.mul_(widths[:, None])
+
+
+def quantiles_of_returns(
+    network: Network, windows: Windows
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Quantiles of log returns [n, horizon, levels], without the way over prices in float32."""
+    inputs = _Inputs.of(network, windows)
+    with torch.no_grad():
+        return network.correct(inputs.features, inputs.sigma).double().numpy()
 
 
 @torch.no_grad()

@@ -8,8 +8,8 @@ graph, so that nothing is left to compute where it is served.
    the last 1, 5 and 22 rows and over the whole window. Its coefficients are ordinary least squares
    over all windows of all symbols, held as buffers.
 2. The quantiles of past returns divided by that volatility (filtered historical simulation) turn
-   it into a distribution, again over all symbols: what a short history has not seen yet, an other's
-   has. That much is the volatility baseline.
+   it into a distribution whose middle is the last price, again over all symbols: what a short
+   history has not seen yet, another's has. That much is the volatility baseline.
 3. An LSTM scales it per horizon and thickens or thins its tails; it does not move its middle,
    since a learned mean or skew did worse on days it had not seen. The corrections are monotone in
    the quantile, so quantiles never cross; they are bounded, and start near nothing.
@@ -74,7 +74,11 @@ class Volatility(nn.Module):
         sigma = torch.exp(0.5 * terms @ solved) * steps.sqrt()
         levels = torch.tensor(QUANTILE_LEVELS, dtype=torch.float64)
         residuals = torch.from_numpy(windows.returns) / sigma
-        self.shape.copy_(torch.quantile(residuals, levels, dim=0).T)
+        shape = torch.quantile(residuals, levels, dim=0).T
+        shape[:, levels == 0.5] = (
+            0  # the point forecast is the last price: no mean earned its place
+        )
+        self.shape.copy_(torch.where(levels < 0.5, shape.clamp(max=0), shape.clamp(min=0)))
 
 
 def _averages(context: int) -> Tensor:

@@ -58,7 +58,18 @@ def test_volatility_agrees_with_a_slow_loop(windows):
         slow = np.exp(0.5 * design @ solved) * np.sqrt(h + 1)
         np.testing.assert_allclose(sigma[:, h].numpy(), slow, rtol=1e-3)
         residuals = np.quantile(windows.returns[:, h] / slow, QUANTILE_LEVELS)
+        residuals[QUANTILE_LEVELS.index(0.5)] = 0.0
         np.testing.assert_allclose(volatility.shape[h].numpy(), residuals, rtol=1e-3, atol=1e-4)
+
+
+def test_whatever_the_past_drifted_the_middle_is_the_last_price(windows):
+    rising = replace(windows, returns=windows.returns + 0.05)
+    prices = _prices(_network(rising), windows)
+    np.testing.assert_array_equal(
+        prices[:, :, QUANTILE_LEVELS.index(0.5)],
+        np.repeat(windows.ohlcv[:, -1:, 3], HORIZON, axis=1),
+    )
+    assert (np.diff(prices, axis=-1) >= 0).all()
 
 
 def test_one_baseline_is_learned_from_all_symbols_and_answers_for_any(windows):
