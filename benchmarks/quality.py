@@ -116,7 +116,7 @@ def windows(symbol: str) -> Windows:
     return every.take(every.known)
 
 
-def tested(part: Part) -> Windows:
+def held_out(part: Part) -> Windows:
     """Windows of the test days."""
     every = windows(SYMBOL)
     first, last = np.datetime64(part.first), np.datetime64(part.last)
@@ -132,7 +132,7 @@ def splits(part: Part) -> Splits:
     return Splits(
         train=every.take(every.origins < past[-VALIDATION - 2 * HORIZON]),
         validation=every.take(validation & (every.origins < past[-HORIZON])),
-        gate=tested(part),
+        gate=held_out(part),
     )
 
 
@@ -141,7 +141,7 @@ def forecast(job: Job) -> Array:
     """Quantiles of log returns [n, horizon, levels]."""
     warnings.filterwarnings("ignore")
     if job.name in CLASSICAL:
-        return CLASSICAL[job.name](frame(SYMBOL), tested(job.part).origins)
+        return CLASSICAL[job.name](frame(SYMBOL), held_out(job.part).origins)
     learner = {OURS: _fitted, OFF: _off, UNTRAINED: _untrained, SHUFFLED: _shuffled}[job.name]
     parts = splits(job.part)
     return model.quantiles_of_returns(learner(parts, ModelConfig(seed=job.seed)), parts.gate)
@@ -237,7 +237,7 @@ def figures(scores: dict[tuple[str, str], Scores]) -> dict[str, list[float]]:
     """What the JSON object tells: pairs of one and five days."""
     ours, walk, garch = (scores["walk-forward", name] for name in (OURS, RW, GARCH))
     fixed, walk250 = scores["fixed", OURS], scores["fixed", RW250]
-    crash = np.arange(len(ours.crps)) < len(tested(Part("", *SPLITS["walk-forward"][0])).origins)
+    crash = np.arange(len(ours.crps)) < len(held_out(Part("", *SPLITS["walk-forward"][0])).origins)
 
     def ratio(mine: Array, other: Array) -> Array:
         return mine.mean(axis=0) / other.mean(axis=0)
@@ -342,7 +342,7 @@ def main() -> int:
     scores = {}
     for split in SPLITS:
         parts = [part for part in PARTS if part.split == split]
-        test = join([tested(part) for part in parts])
+        test = join([held_out(part) for part in parts])
         for name in (*CLASSICAL, OFF, *learned):
             runs = [
                 np.concatenate([made[Job(name, part, seed)] for part in parts])
