@@ -59,14 +59,12 @@ class Registered(msgspec.Struct, frozen=True):
     Attributes:
         contract_sha256: of `contract.json`, as it was when the version was registered.
         signature: see `forecasting.signing`; empty if there is none.
-        tags: the version's other tags, to be shown.
     """
 
     forecaster: str
     version: int
     contract_sha256: str
     signature: str = ""
-    tags: dict[str, str] = {}
 
 
 class Challenger(msgspec.Struct, frozen=True):

@@ -490,7 +490,6 @@ def render(
     contract: Contract,
     version: int,
     quantiles: NDArray[np.float32],
-    parameters: Mapping[str, str | int | float | bool] | None = None,
 ) -> tuple[bytes, int | None]:
     """Encode an answer in the form that the request asked for.
 
@@ -499,7 +498,6 @@ def render(
         contract: of the model that computed.
         version: its number in the registry.
         quantiles: float32 [windows, horizon, levels].
-        parameters: told beside `run_id` and `dataset_md5`.
 
     Returns:
         The body, and the length of its JSON header if binary data follow (for the response header
@@ -515,11 +513,7 @@ def render(
     answer: dict[str, Any] = {
         "model_name": contract.forecaster,
         "model_version": str(version),
-        "parameters": {
-            "run_id": contract.run_id,
-            "dataset_md5": contract.dataset_md5,
-            **(parameters or {}),
-        },
+        "parameters": {"run_id": contract.run_id, "dataset_md5": contract.dataset_md5},
         "outputs": [output],
     }
     if request.id:

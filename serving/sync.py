@@ -251,15 +251,15 @@ class AliasFollower:
             self._store.clean(folder)
 
     def _registered(self, name: str, version: int) -> Registered:
-        tags = dict(self._registry.version(name, version).tags)
-        digest, signature = tags.pop(CONTRACT_TAG, ""), tags.pop(SIGNATURE_TAG, "")
+        tags = self._registry.version(name, version).tags
+        digest = tags.get(CONTRACT_TAG, "")
         if not digest:
             raise ContractError(
                 f"{name} version {version} should carry the tag {CONTRACT_TAG} in the registry, "
                 "as every version that was registered by this project does; it has none. Train "
                 "and register it again."
             )
-        return Registered(name, version, digest, signature, tags)
+        return Registered(name, version, digest, tags.get(SIGNATURE_TAG, ""))
 
     def _reuse(self, registered: Registered) -> bool:
         """Whether the version lies in the store already, and is what the registry says now."""

@@ -423,7 +423,7 @@ def test_answers_are_read_by_tritons_client(contract, binary, seed):
     request = oip.parse(*triton_body(outputs=wanted, request_id="42"))
     scale = 10.0 ** np.random.default_rng(seed).integers(-30, 30, (3, 2, len(QUANTILE_LEVELS)))
     quantiles = (np.random.default_rng(seed).random(scale.shape) * scale).astype(np.float32)
-    body, header_length = oip.render(request, contract, 3, quantiles, {"variant": "canary"})
+    body, header_length = oip.render(request, contract, 3, quantiles)
     result = InferenceServerClient.parse_response_body(body, header_length=header_length)
     assert np.array_equal(result.as_numpy("quantiles"), quantiles)
     assert result.as_numpy("quantiles").dtype == np.float32
@@ -433,7 +433,6 @@ def test_answers_are_read_by_tritons_client(contract, binary, seed):
     assert answer["parameters"] == {
         "run_id": contract.run_id,
         "dataset_md5": contract.dataset_md5,
-        "variant": "canary",
     }
     (output,) = answer["outputs"]
     assert (output["datatype"], output["shape"]) == ("FP32", [3, 2, len(QUANTILE_LEVELS)])

@@ -226,7 +226,6 @@ def test_what_the_registry_says_is_laid_beside_the_files(tmp_path, registry, sto
     said = read_registered(folder)
     assert said.contract_sha256 == sha256_file(folder / "contract.json")
     assert (said.forecaster, said.version, said.signature) == (FORECASTER, version, "")
-    assert said.tags["as_of"] == "2007-12-31"
     assert check(folder, FORECASTER, version).version == version
 
 
