@@ -32,6 +32,7 @@ from tasks.training import (
     search,
     show_search,
     show_verdict,
+    with_peers_of,
     write_candidate,
 )
 
@@ -81,7 +82,7 @@ def run_training(settings: Settings, symbol: str, as_of: date, trigger: str) -> 
     with engine_of(settings.sql_url) as engine:
         for line in promotion.reconcile(settings, registry, engine, forecaster_name(symbol)):
             get_run_logger().warning("An interrupted promotion was settled: %s", line)
-        dataset = ingest_prices(settings, [symbol], as_of)
+        dataset = ingest_prices(settings, with_peers_of(settings, symbol), as_of)
         tags = {
             "symbol": symbol,
             "as_of": as_of.isoformat(),
@@ -154,7 +155,7 @@ class _Training:
         """Windows, search and fit, each re-used when data, code and parameters are the same."""
         md5, settings = self.dataset.md5, self.settings
         cut = self.picked("context", "horizon", "validation_days", "gate_days")
-        cut |= {"symbol": self.symbol, "as_of": self.as_of}
+        cut |= {"symbol": self.symbol, "peers": settings.peers, "as_of": self.as_of}
         tuning = cut | self.picked("seed", "trials", "epochs", "concurrency")
         key = cache_key("windows", md5, cut)
         splits = _step(prepare_windows, settings, self.symbol, self.as_of, md5, key=key)

@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     context: int = Field(
         64, ge=32, le=512, description="Rows of history that the network sees (512 are published)."
     )
+    peers: tuple[str, ...] = Field(
+        (), description="Symbols whose past a training learns from as well (JSON list)."
+    )
     horizon: int = Field(5, ge=1, le=20, description="Trading days ahead that are forecast.")
     validation_days: int = Field(
         120, ge=20, description="Windows before the gate's, used to choose a candidate."

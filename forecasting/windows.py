@@ -192,6 +192,25 @@ def split(windows: Windows, validation_days: int, gate_days: int) -> Splits:
     )
 
 
+def with_peers(splits: Splits, peers: Sequence[Windows]) -> Splits:
+    """Windows of other symbols beside those that are learned from; the gate stays as it is.
+
+    Of a peer all that lies before the end of training is taken, also from before the first own
+    window: a young symbol has seen less than its peers have.
+
+    Args:
+        splits: of one symbol.
+        peers: known and unknown windows of others, of the same context and horizon.
+    """
+    train, validation = [splits.train], [splits.validation]
+    first, last = splits.validation.origins.min(), splits.validation.origins.max()
+    for peer in peers:
+        known = peer.take(peer.known)
+        train.append(known.take(known.origins <= splits.train.origins.max()))
+        validation.append(known.take((known.origins >= first) & (known.origins <= last)))
+    return Splits(join(train), join(validation), splits.gate)
+
+
 def _between(windows: Windows, days: NDArray[np.datetime64], first: int, end: int) -> Windows:
     """The windows whose origin is one of `days[first:end]`."""
     return windows.take((windows.origins >= days[first]) & (windows.origins <= days[end - 1]))

@@ -26,7 +26,7 @@ from forecasting.hyperparameters import ModelConfig
 from forecasting.inference import Forecaster
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
-from forecasting.windows import Splits, Windows, make_windows, split
+from forecasting.windows import Splits, Windows, make_windows, split, with_peers
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,23 @@ def _key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 @task(name="windows", cache_key_fn=_key, persist_result=True, timeout_seconds=300)
 def prepare_windows(settings: Settings, symbol: str, as_of: date, md5: str, key: str) -> Splits:
-    """Cut the dataset version into training, validation and gate windows."""
-    frame = datasets.load_frame(settings, symbol, as_of, md5)
-    windows = make_windows(frame, settings.context, settings.horizon)
-    return split(windows, settings.validation_days, settings.gate_days)
+    """Cut the dataset version into training, validation and gate windows.
+
+    Those of `settings.peers` are learned from as well.
+    """
+    own, *peers = (
+        make_windows(
+            datasets.load_frame(settings, each, as_of, md5), settings.context, settings.horizon
+        )
+        for each in with_peers_of(settings, symbol)
+    )
+    splits = split(own, settings.validation_days, settings.gate_days)
+    return with_peers(splits, peers)
+
+
+def with_peers_of(settings: Settings, symbol: str) -> list[str]:
+    """A symbol, and those that its training learns from as well."""
+    return list(dict.fromkeys((symbol, *settings.peers)))
 
 
 @task(name="search", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)

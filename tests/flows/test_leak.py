@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from bokeh_sampledata.stocks import GOOG
+from bokeh_sampledata.stocks import AAPL, GOOG
 
 from flows.train import TrainResult, train
 from forecasting import datasets
@@ -75,15 +75,30 @@ def revised() -> pd.DataFrame:
     return table
 
 
-def train_in(home: Path, histories: dict[date, pd.DataFrame]) -> Trained:
+def peer(*, is_altered: bool) -> pd.DataFrame:
+    """AAPL, which the training learns from as well; or with its future mirrored."""
+    table = pd.DataFrame(AAPL)
+    table = table[table["date"] <= TAKEN_IN.isoformat()].reset_index(drop=True)
+    if is_altered:
+        after = table["date"] > AS_OF.isoformat()
+        level, ratio = table.loc[~after, ["close", "adj_close"]].iloc[-1]
+        mirrored = {"open": "open", "high": "low", "low": "high", "close": "close"}
+        future = {name: (level**2 / table[old]).round(4) for name, old in mirrored.items()}
+        for name, values in future.items():
+            table[name] = table[name].where(~after, values)
+        table["adj_close"] = table["adj_close"].where(~after, table["close"] * ratio / level)
+    return table
+
+
+def train_in(home: Path, histories: dict[date, pd.DataFrame], aapl: pd.DataFrame) -> Trained:
     """Take in each history on its day, then train as of `AS_OF`."""
     home.mkdir()
-    prices = home / "GOOG.csv"
-    changes = {"source": "file", "source_url": prices, "concurrency": 1, "epochs": 3}
-    with configured(home, **changes) as settings:
+    aapl.to_csv(home / "AAPL.csv", index=False)
+    changes = {"source": "file", "source_url": home / "{symbol}.csv", "peers": '["AAPL"]'}
+    with configured(home, **changes, concurrency=1, epochs=3) as settings:
         for day, table in histories.items():
-            table.to_csv(prices, index=False)
-            datasets.ingest(settings, ["GOOG"], day)
+            table.to_csv(home / "GOOG.csv", index=False)
+            datasets.ingest(settings, ["GOOG", "AAPL"], day)
         result = train(symbol="GOOG", as_of=AS_OF)
         registry = open_registry(settings)
         folder = registry.download(NAME, registry.aliases(NAME)["production"], home / "served")
@@ -104,7 +119,10 @@ def train_in(home: Path, histories: dict[date, pd.DataFrame]) -> Trained:
 def homes(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> list[Trained]:
     root = tmp_path_factory.mktemp("leak")
     other = {REVISED_ON: altered(), TAKEN_IN: revised()}
-    return [train_in(root / "real", {TAKEN_IN: real()}), train_in(root / "altered", other)]
+    return [
+        train_in(root / "real", {TAKEN_IN: real()}, peer(is_altered=False)),
+        train_in(root / "altered", other, peer(is_altered=True)),
+    ]
 
 
 def test_the_futures_do_differ(homes):
@@ -133,6 +151,8 @@ def test_the_network_is_the_same_to_the_byte(homes):
     one, other = homes
     assert one.network == other.network
     assert one.contract.files == other.contract.files
+    assert one.contract.train_start < date.fromisoformat(real()["date"][0])  # AAPL is older
+    assert one.contract.symbols == ("GOOG",)
     own = ("dataset_md5", "dataset_rev", "run_id", "files")
     names = [name for name in Contract.__struct_fields__ if name not in own]
     for name in names:

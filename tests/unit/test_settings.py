@@ -16,7 +16,10 @@ def test_every_field_has_a_description():
     assert bare == []
 
 
-@pytest.mark.parametrize("field", [n for n in Settings.model_fields if n != "extra_closures"])
+LISTS = ("extra_closures", "peers")
+
+
+@pytest.mark.parametrize("field", [n for n in Settings.model_fields if n not in LISTS])
 def test_every_field_is_its_own_environment_variable(field, monkeypatch):
     plain = load_settings()
     default = getattr(plain, field)
@@ -36,9 +39,11 @@ def test_every_field_is_its_own_environment_variable(field, monkeypatch):
     assert {n: getattr(changed, n) for n in others} == {n: getattr(plain, n) for n in others}
 
 
-def test_a_list_of_closures_is_read_from_json(monkeypatch):
+def test_lists_are_read_from_json(monkeypatch):
     monkeypatch.setenv("PERENNIAL_EXTRA_CLOSURES", '["2001-09-11", "2001-09-12"]')
+    monkeypatch.setenv("PERENNIAL_PEERS", '["AAPL", "IBM"]')
     assert load_settings().extra_closures == (date(2001, 9, 11), date(2001, 9, 12))
+    assert load_settings().peers == ("AAPL", "IBM")
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(monkeypatch):

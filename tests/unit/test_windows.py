@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forecasting.errors import HistoryError
-from forecasting.windows import MIN_TRAIN, join, make_windows, split
+from forecasting.windows import MIN_TRAIN, join, make_windows, split, with_peers
 from tests.market import market
 
 
@@ -86,3 +86,22 @@ def test_windows_at_chosen_origins():
     np.testing.assert_array_equal(chosen.origins, windows.origins[5:9])
     with pytest.raises(HistoryError, match="1 have none"):
         windows.at(np.array(["1999-01-04"], dtype="datetime64[D]"))
+
+
+def test_peers_are_learned_from_up_to_the_same_days_and_never_judged_on():
+    frame = market(700)
+    own = make_windows(frame.iloc[300:], 32, 5)
+    parts = split(own, 40, 40)
+    older = make_windows(frame, 32, 5)  # a longer history of the same days
+    found = with_peers(parts, [older])
+    assert found.gate is parts.gate
+    added = found.train.take(np.arange(len(parts.train), len(found.train)))
+    assert added.first_day < parts.train.first_day
+    assert added.last_day == parts.train.last_day
+    days = np.array([parts.train.origins[-1], parts.validation.origins[0]])
+    assert np.diff(frame.index.get_indexer(days.astype("datetime64[ns]"))) > 5
+    validation = found.validation.take(np.arange(40, len(found.validation)))
+    np.testing.assert_array_equal(validation.origins, parts.validation.origins)
+    assert found.train.known.all()
+    alone = with_peers(parts, [])
+    np.testing.assert_array_equal(alone.train.ohlcv, parts.train.ohlcv)
