@@ -65,6 +65,10 @@ bench-serving: $(STAMP) ## measure serving beside its peers; the last line is on
 bench-quality: $(STAMP) ## measure the forecasts beside their peers; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.quality
 
+.PHONY: bench-training
+bench-training: $(STAMP) ## measure a fit beside a plain loop; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.training
+
 .PHONY: format
 format: $(STAMP) ## format and fix imports
 	$(BIN)/ruff check --fix .
