@@ -296,11 +296,11 @@ def _widths(network: Network, inputs: _Inputs) -> Tensor:
     Returns:
         [horizon].
     """
-    shape = network.volatility.shape.clone()
-    scores = []
+    shape, scores = network.volatility.shape.clone(), []
+    corrections = network.corrections(inputs.features)
     for width in _WIDTHS:
         network.volatility.shape.copy_(shape * width)
-        quantiles = network.correct(inputs.features, inputs.sigma)
+        quantiles = network.spread(inputs.sigma, corrections)
         scores.append(crps(inputs.returns, quantiles).mean(0))
     network.volatility.shape.copy_(shape)
     return (1 + _WIDTHS[torch.stack(scores).argmin(0)]) / 2

@@ -128,15 +128,28 @@ class Network(nn.Module):
             inputs: [batch, context - 1, FEATURES].
             sigma: [batch, horizon].
         """
-        shape = self.volatility.shape
+        return self.spread(sigma, self.corrections(inputs))
+
+    def corrections(self, inputs: Tensor) -> Tensor | None:
+        """What the LSTM says, each within -1 and 1: of each horizon's scale, and of the tails.
+
+        Returns:
+            [batch, horizon + 1]; None if it is off.
+        """
         if not self.switch:
-            return sigma.unsqueeze(-1) * shape
+            return None
         start = inputs.new_zeros(self.layers, inputs.shape[0], self.hidden)
         states, _ = self.lstm(inputs, (start, start))
-        bounded = torch.tanh(self.head(self.dropout(states[:, -1])))
-        scale = sigma * torch.exp(self.reach * bounded[:, :-1])
+        return torch.tanh(self.head(self.dropout(states[:, -1])))
+
+    def spread(self, sigma: Tensor, corrections: Tensor | None) -> Tensor:
+        """Quantiles of log returns [batch, horizon, levels] from sigma and `corrections`."""
+        shape = self.volatility.shape
+        if corrections is None:
+            return sigma.unsqueeze(-1) * shape
+        scale = sigma * torch.exp(self.reach * corrections[:, :-1])
         size = shape.abs().clamp(min=1e-6)
-        bent = shape * torch.exp(TAIL_REACH * bounded[:, -1, None, None] * torch.log(size))
+        bent = shape * torch.exp(TAIL_REACH * corrections[:, -1, None, None] * torch.log(size))
         return scale.unsqueeze(-1) * bent
 
 
