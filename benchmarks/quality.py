@@ -4,8 +4,8 @@ Everybody forecasts the log return of 1 to 5 days from the same origins of GOOG,
 and is scored by CRPS in basis points. Two splits: fixed (trained to 2010, validated on 2011, tested
 on 2012 and 2013) and walk-forward (a new start at each year of 2008 to 2012, validated on the year
 before it). The network learns from AAPL, GOOG, IBM and MSFT, of each only what was known before the
-test year; nothing is chosen on a test day. What the design was chosen on: AAPL, IBM and MSFT of
-2003 to 2007, walk-forward.
+test year; no epoch, weight or width is chosen on a test day. How its design was compared, and what
+of it was decided with this table in sight, is said in the README.
 
 The network's figures are means over seeds, with the range of the seeds beside. The last line is one
 JSON object.
