@@ -75,9 +75,8 @@ class Volatility(nn.Module):
         levels = torch.tensor(QUANTILE_LEVELS, dtype=torch.float64)
         residuals = torch.from_numpy(windows.returns) / sigma
         shape = torch.quantile(residuals, levels, dim=0).T
-        shape[:, levels == 0.5] = (
-            0  # the point forecast is the last price: no mean earned its place
-        )
+        # The point forecast is the last price: no mean earned its place.
+        shape[:, levels == 0.5] = 0
         self.shape.copy_(torch.where(levels < 0.5, shape.clamp(max=0), shape.clamp(min=0)))
 
 
