@@ -69,6 +69,10 @@ bench-quality: $(STAMP) ## measure the forecasts beside their peers; the last li
 bench-training: $(STAMP) ## measure a fit beside a plain loop; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.training
 
+.PHONY: bench-search
+bench-search: $(STAMP) ## measure a search beside Ray's defaults; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.search
+
 .PHONY: format
 format: $(STAMP) ## format and fix imports
 	$(BIN)/ruff check --fix .

@@ -156,11 +156,15 @@ class _Training:
         md5, settings = self.dataset.md5, self.settings
         cut = self.picked("context", "horizon", "validation_days", "gate_days")
         cut |= {"symbol": self.symbol, "peers": settings.peers, "as_of": self.as_of}
-        tuning = cut | self.picked("seed", "trials", "epochs", "concurrency")
+        tuning = cut | self.picked(
+            *("seed", "trials", "epochs", "concurrency", "folds", "grace_epochs"),
+            *("search_seconds", "search_patience"),
+        )
         key = cache_key("windows", md5, cut)
         splits = _step(prepare_windows, settings, self.symbol, self.as_of, md5, key=key)
         key = cache_key("search", md5, tuning)
-        found: Found = _step(search, settings, splits, self.run_id, md5, key=key)
+        tags = {"symbol": self.symbol, "as_of": self.as_of.isoformat(), "dataset_md5": md5}
+        found: Found = _step(search, settings, splits, self.run_id, tags, key=key)
         show_search(self.registry, self.run_id, found)
         fitting = tuning | self.picked("fit_epochs") | {"config": asdict(found.config)}
         key = cache_key("fit", md5, fitting)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import cached_property, partial
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -74,6 +74,7 @@ _NOT_MLFLOW = (ValueError, TypeError, KeyError, AttributeError, ParseError)
 """What MLflow's client stumbles with over an answer that is none of MLflow's (a proxy's page)."""
 _MISSING = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
 READY_SECONDS = 30
+_TRIAL = "perennial.trial"
 _METRICS_A_BATCH, _PARAMS_A_BATCH, _TAGS_A_BATCH = 1000, 100, 100
 
 
@@ -161,6 +162,17 @@ class Registry:
             run = self._client.create_run(self._experiment, run_name=name, tags={**tags, **nested})
         return str(run.info.run_id)
 
+    def take_up_run(self, run_id: str, parent: str) -> bool:
+        """Go on with a run that was interrupted, below `parent`; False if it is not there."""
+        with self._talk("look for an interrupted run"):
+            found = self._client.search_runs(
+                [self._experiment], f"attributes.run_id = '{run_id}'", max_results=1
+            )
+            if found:
+                self._client.set_tag(run_id, "mlflow.parentRunId", parent)
+                self._client.update_run(run_id, status="RUNNING")
+        return bool(found)
+
     def log_params(self, run_id: str, params: Mapping[str, object]) -> None:
         """Log parameters, a hundred a call."""
         entries = [Param(key, str(value)) for key, value in params.items()]
@@ -197,8 +209,8 @@ class Registry:
             history: `metric` after each epoch, from epoch 1.
             status: `KILLED` for a trial that the scheduler stopped early.
         """
-        kind = {"perennial.kind": "trial"}
-        run_id = self.start_run(f"trial-{number:03d}", {**kind, **(tags or {})}, parent_run_id)
+        own = {"perennial.kind": "trial", _TRIAL: str(number)}
+        run_id = self.start_run(f"trial-{number:03d}", {**own, **(tags or {})}, parent_run_id)
         points = [(metric, value, step) for step, value in enumerate(history, start=1)]
         if history:
             points.append((f"best_{metric}", float(np.nanmin(history)), len(history)))
@@ -211,6 +223,35 @@ class Registry:
             )
         self.finish(run_id, status)
         return run_id
+
+    def logged_trials(self, parent_run_id: str) -> set[int]:
+        """Numbers of the trials that are logged in full below a run.
+
+        One that was being logged when its process died is removed, so that it can be logged anew.
+        """
+        wanted = f"tags.mlflow.parentRunId = '{parent_run_id}' and tags.perennial.kind = 'trial'"
+        logged = set()
+        with self._talk("list the trials of a search"):
+            for run in self._client.search_runs([self._experiment], wanted, max_results=1000):
+                if run.info.status == "RUNNING":
+                    self._client.delete_run(run.info.run_id)
+                else:
+                    logged.add(int(run.data.tags[_TRIAL]))
+        return logged
+
+    def past_searches(self, symbol: str, before: date, limit: int) -> list[dict[str, str]]:
+        """Best parameters of the newest searches of a symbol that knew no day from `before` on."""
+        wanted = f"tags.perennial.kind = 'search' and tags.symbol = '{symbol}'"
+        with self._talk("look for past searches"):
+            runs = self._client.search_runs(
+                [self._experiment],
+                wanted,
+                max_results=100,
+                order_by=["attributes.start_time DESC"],
+            )
+        past = [run for run in runs if run.data.tags.get("as_of", "9999") < before.isoformat()]
+        found = [dict(run.data.params) for run in past if run.info.status == "FINISHED"]
+        return found[:limit]
 
     def trial_logger(self, parent_run_id: str, tags: Mapping[str, str]) -> Callable[..., str]:
         """`log_trial` below one parent run, to be called as trials end; each gets the tags."""

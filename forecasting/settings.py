@@ -81,10 +81,27 @@ class Settings(BaseSettings):
         120, ge=20, description="Windows before the gate's, used to choose a candidate."
     )
     seed: int = Field(7, description="Seed of every random choice in search and training.")
-    trials: int = Field(16, ge=1, description="Trials of one search.")
+    trials: int = Field(16, ge=1, description="Most trials of one search.")
+    search_seconds: float = Field(
+        0.0, ge=0, description="Time after which a search ends with what it has; 0: no limit."
+    )
+    search_patience: int = Field(
+        0, ge=0, description="Trials without a better one after which a search ends; 0: no limit."
+    )
+    folds: int = Field(
+        3, ge=1, description="Validation blocks that a trial is scored on, as far as history goes."
+    )
+    grace_epochs: int = Field(
+        3, ge=1, description="Epochs that every trial gets before it may be stopped."
+    )
     concurrency: int = Field(2, ge=1, description="Trials that run at the same time.")
     epochs: int = Field(10, ge=1, description="Most epochs of one trial.")
     fit_epochs: int = Field(40, ge=1, description="Most epochs of the final fit (early stopping).")
+    checkpoint_seconds: float = Field(
+        2.0,
+        ge=0,
+        description="Between two checkpoints of a trial: as much is done again after a crash.",
+    )
     # gate -------------------------------------------------------------------------------------
     gate_days: int = Field(
         120, ge=20, description="Most recent windows on which every contestant is scored."

@@ -192,6 +192,35 @@ def split(windows: Windows, validation_days: int, gate_days: int) -> Splits:
     )
 
 
+def folds(splits: Splits, count: int) -> list[Splits]:
+    """Earlier validation blocks beside the one of `splits`, each learned up to from before it.
+
+    The oldest comes first and the last is `splits` itself; each block has as many days as that of
+    `splits`. A fold whose past would be shorter than MIN_TRAIN days is left out, so that a young
+    symbol has fewer. Windows of several symbols stay together by day.
+
+    Args:
+        splits: as `split` or `with_peers` cut them.
+        count: folds that are wanted, at least 1.
+    """
+    known = join([splits.train, splits.validation])
+    gap, width = splits.train.horizon, len(np.unique(splits.validation.origins))
+    past, found = np.unique(splits.train.origins), [splits]
+    while len(found) < count and len(past) >= MIN_TRAIN + gap + width:
+        before = past[: -width - gap]
+        found.append(
+            Splits(
+                train=known.take(known.origins <= before[-1]),
+                validation=known.take(
+                    (known.origins >= past[-width]) & (known.origins <= past[-1])
+                ),
+                gate=splits.gate,
+            )
+        )
+        past = before
+    return found[::-1]
+
+
 def with_peers(splits: Splits, peers: Sequence[Windows]) -> Splits:
     """Windows of other symbols beside those that are learned from; the gate stays as it is.
 

@@ -18,6 +18,7 @@ FORECASTING = (
     "prices",
     "windows",
     "hyperparameters",
+    "study",
     "network",
     "model",
     "metrics",
@@ -33,7 +34,7 @@ def code_fingerprint() -> str:
     digest = hashlib.sha256()
     for module, names in (
         (forecasting, FORECASTING),
-        (tasks, ("search", "training")),
+        (tasks, ("search", "trials", "training")),
     ):
         folder = Path(next(iter(module.__path__)))
         for name in names:

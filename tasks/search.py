@@ -1,67 +1,39 @@
-"""Search the hyperparameters with Ray Tune: Optuna proposes, ASHA stops what falls behind.
+"""Search the hyperparameters: the study proposes and stops, Ray Tune runs the trials.
 
-The only room that knows Ray. One trial is one short fit on one CPU thread; the driver hears of
-every trial as it ends, so that the caller can log it.
+One trial is one short fit a validation fold on one CPU thread. The driver writes every score into
+the study and keeps what a trial in flight goes on from; nothing of a trial travels over a file
+system, so that the nodes of a cluster need none in common.
 """
 
 import logging
 import math
-import os
-import secrets
-import shutil
-import signal
-import socket
-import tempfile
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from typing import Any
 
-import psutil
 import ray
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
 
-from forecasting import model
-from forecasting.errors import ConfigError, ServiceError, TrainingError
+from forecasting.errors import TrainingError
 from forecasting.hyperparameters import ModelConfig
 from forecasting.settings import Settings
-from forecasting.windows import Splits
+from forecasting.study import METRIC, Proposal, Status, Study, Told
+from forecasting.windows import Splits, folds
+from tasks import cluster
+from tasks.trials import run_trial
 
-METRIC = "validation_crps_bp"
-GRACE_EPOCHS = 3
-"""Epochs that every trial gets before ASHA may stop it."""
-
-Status = Literal["FINISHED", "KILLED", "FAILED"]
-"""Of a trial; KILLED means stopped early by ASHA."""
 OnTrial = Callable[[int, Mapping[str, object], Sequence[float], Status], object]
-"""Called with number, configuration, validation CRPS in bp after each epoch, and status."""
+"""Called with number, configuration, score in bp after each epoch, and status as a trial ends."""
 
 _log = logging.getLogger(__name__)
-_OBJECT_STORE = 128 * 1024**2
-_SCRATCH = "perennial-search-"
-_WORKER_ENVIRONMENT = {
-    # one thread a trial; malloc that keeps its memory makes the same LSTM 1.3-1.8x faster
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(8 * 1024**3),
-}
-_ENVIRONMENT = {
-    "RAY_worker_niceness": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner even when told to be silent
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the run, not only the experiment
-}
 
-_SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
+RETRIES = 3
+"""How often a trial goes on whose worker or node was lost."""
 
 
 @dataclass(frozen=True)
@@ -69,144 +41,258 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        config: the configuration with the lowest validation CRPS in any epoch.
+        config: of the trial with the lowest score among those that ran to their end.
         leaderboard: one row a trial, best first, failed ones last: `trial`, the fields of
-            `ModelConfig`, `epochs` run, best `validation_crps_bp` (None if there is none) and
-            `status`.
+            `ModelConfig`, `epochs` run over all folds, `validation_crps_bp` (None if there is
+            none) and `status`.
+        seconds: what this process spent on it.
     """
 
     config: ModelConfig
     leaderboard: list[dict[str, Any]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is.
+
+    Attributes:
+        done, total: trials ended, and the most there will be.
+        running: trials in flight.
+        best: lowest score so far in bp; None before there is one.
+        seconds_left: estimate from this run's pace and the budget; None before there is one.
+    """
+
+    done: int
+    total: int
+    running: int
+    best: float | None
+    seconds_left: float | None
+
+    @property
+    def share(self) -> float:
+        """Of the trials, those that have ended, 0 to 1."""
+        return min(self.done / self.total, 1.0)
+
+    def __str__(self) -> str:
+        best = "none yet" if self.best is None else f"{self.best:.2f} bp"
+        left = "" if self.seconds_left is None else f", about {self.seconds_left:.0f} s left"
+        return f"{self.done} of {self.total} trials, {self.running} running, best {best}{left}"
+
+
+OnProgress = Callable[[Progress], object]
 
 
 def run_search(
-    splits: Splits, settings: Settings, *, on_trial: OnTrial | None = None
+    splits: Splits,
+    settings: Settings,
+    study: Study,
+    *,
+    on_trial: OnTrial | None = None,
+    on_progress: OnProgress | None = None,
 ) -> SearchResult:
-    """Run `settings.trials` trials, `settings.concurrency` at a time.
+    """Run the trials that `study` has room for, `settings.concurrency` at a time.
 
-    The first trial is the default configuration. With a concurrency of 1 the same windows and
-    seed give the same result; beyond that the order in which trials end steers the search.
+    A trial's score is its mean over the folds of the best epoch's validation CRPS in each. A
+    search that was killed goes on where it was: ended trials are not run again, those in flight
+    go on from their last checkpoint. With a concurrency of 1 the same windows and seed give the
+    same result; beyond that the order in which trials end steers what TPE proposes.
 
     Args:
         splits: windows; those of the gate are not looked at.
-        settings: trials, concurrency, epochs, seed, ray_address.
+        settings: trials, search_seconds, search_patience, folds, concurrency, epochs, seed,
+            ray_address.
+        study: from `open_study`, empty or as a search of the same windows and settings left it.
         on_trial: called in this process as each trial ends; what it raises ends the search.
+        on_progress: called in this process as scores come in.
 
     Raises:
         TrainingError: every trial failed.
         ConfigError: `ray_address` is of a Ray Client (ray://).
         ServiceError: the Ray cluster of `ray_address` cannot be reached.
     """
-    listener = _Listener(settings, on_trial)
-    with _scratch() as folder, _quiet_optuna(), _ray(settings, folder):
-        tune.Tuner(
-            tune.with_parameters(_trial, splits=splits, epochs=settings.epochs, seed=settings.seed),
-            param_space=_space(),
-            tune_config=_plan(settings),
-            run_config=tune.RunConfig(
-                name="search",
-                storage_path=str(folder / "tune"),
-                callbacks=[listener],
-                stop=_StopOnError(listener),
-                progress_reporter=_Silence(),
-                verbose=0,
-            ),
-        ).fit()
-    if listener.raised is not None:
-        raise listener.raised
-    return _result(listener)
+    began = time.monotonic()
+    count = len(folds(splits, settings.folds))
+    board = _Board(study, settings, count * settings.epochs, on_trial, on_progress)
+    if board.has_room():
+        with cluster.scratch() as folder, cluster.running(settings, folder):
+            tune.Tuner(
+                tune.with_parameters(run_trial, splits=splits, count=count, settings=settings),
+                tune_config=tune.TuneConfig(
+                    num_samples=-1,
+                    max_concurrent_trials=settings.concurrency,
+                    search_alg=_Proposals(board),
+                    scheduler=_Halving(board),
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="search",
+                    storage_path=str(folder / "tune"),
+                    callbacks=[_Listener(board)],
+                    stop=_StopOnError(board),
+                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                    progress_reporter=_Silence(),
+                    verbose=0,
+                ),
+            ).fit()
+    if board.raised is not None:
+        raise board.raised
+    return _result(study, settings, time.monotonic() - began)
 
 
-def _trial(config: dict[str, Any], splits: Splits, epochs: int, seed: int) -> None:
-    """One trial, in a worker: a fit that reports after each epoch."""
+class _Board:
+    """Between Tune and the study: which trial is which, and when it is enough."""
 
-    def report(epoch: int, score: float) -> None:
-        tune.report({METRIC: score, "epoch": epoch})
+    def __init__(
+        self,
+        study: Study,
+        settings: Settings,
+        steps: int,
+        on_trial: OnTrial | None,
+        on_progress: OnProgress | None,
+    ) -> None:
+        self.study, self.settings, self.steps = study, settings, steps
+        self.on_trial, self.on_progress = on_trial, on_progress
+        self.numbers: dict[str, int] = {}
+        self.failed: dict[str, str] = {}
+        self.raised: Exception | None = None
+        self.began: float | None = None
+        self.stepped = 0
 
-    chosen = ModelConfig(**config, seed=seed)
-    with tempfile.TemporaryDirectory() as folder:
-        model.fit(splits, chosen, epochs, folder=Path(folder), patience=epochs, report=report)
+    def has_room(self) -> bool:
+        """Whether another trial may start."""
+        patience = self.settings.search_patience
+        return (
+            self.raised is None
+            and self._spent() < self._budget
+            and (self.study.in_flight() or len(self.study.trials) < self.settings.trials)
+            and not (patience and self.study.without_gain() >= patience)
+        )
 
+    def start(self, trial_id: str) -> Proposal:
+        """The next trial, known by Tune's id from now on."""
+        if self.began is None:
+            self.began = time.monotonic()  # Ray is up
+        proposal = self.study.propose()
+        self.numbers[trial_id] = proposal.number
+        return proposal
 
-def _plan(settings: Settings) -> tune.TuneConfig:
-    defaults = ModelConfig()
-    first = {name: getattr(defaults, name) for name in _space()}
-    return tune.TuneConfig(
-        metric=METRIC,
-        mode="min",
-        num_samples=settings.trials,
-        max_concurrent_trials=settings.concurrency,
-        search_alg=OptunaSearch(
-            metric=METRIC, mode="min", seed=settings.seed, points_to_evaluate=[first]
-        ),
-        scheduler=ASHAScheduler(
-            time_attr="training_iteration",
-            max_t=settings.epochs,
-            grace_period=min(GRACE_EPOCHS, settings.epochs),
-            reduction_factor=2,
-        ),
-        reuse_actors=True,
-    )
+    def hear(self, trial_id: str, step: int, score: float) -> bool:
+        """Write down a score; True if the trial is to stop."""
+        self.stepped += 1
+        behind = self.study.report(self.numbers[trial_id], step, score)
+        self.show()
+        return self.raised is not None or behind or self._spent() >= self._budget
 
+    def end(self, trial_id: str, status: Status, error: str = "") -> None:
+        """Write down how a trial ended, and tell the caller."""
+        if error:
+            number = self.numbers[trial_id]
+            _log.warning(
+                "Trial %d failed with %s: %s", number, self.study.told(number).params, error
+            )
+        told = self.study.close(self.numbers[trial_id], status, error)
+        if self.on_trial is not None and self.raised is None:
+            config = asdict(ModelConfig(**told.params, seed=self.settings.seed))
+            try:
+                self.on_trial(told.number, config, told.scores, status)
+            except Exception as raised:  # noqa: BLE001  (raised again after Tune, which would log it only)
+                self.raised = raised
+        self.show()
 
-def _space() -> dict[str, Any]:
-    """Where to look; fields of `ModelConfig` that are not here keep their default."""
-    return {
-        "hidden": tune.choice([8, 16, 32]),
-        "dropout": tune.uniform(0.0, 0.4),
-        "reach": tune.uniform(0.1, 0.4),
-        "lr": tune.loguniform(5e-4, 1e-2),
-        "weight_decay": tune.loguniform(1e-3, 0.3),
-        "batch_size": tune.choice([32, 64, 128]),
-    }
+    def show(self) -> None:
+        """Tell the caller how far it is."""
+        if self.on_progress is not None:
+            self.on_progress(self.progress())
 
+    def progress(self) -> Progress:
+        """How far it is; what a trial needs is taken from all that have ended."""
+        trials, total = self.study.trials, self.settings.trials
+        ended = [told for told in trials if told.status != "RUNNING"]
+        scores = [told.score for told in ended if told.status == "FINISHED"]
+        return Progress(
+            done=len(ended),
+            total=total,
+            running=len(trials) - len(ended),
+            best=min(scores, default=None),
+            seconds_left=self._seconds_left(trials),
+        )
 
-@dataclass
-class _Heard:
-    """What the driver has heard of one trial."""
-
-    number: int
-    config: ModelConfig
-    scores: dict[int, float]
-    status: Status = "FAILED"
-    error: str = ""
+    def _seconds_left(self, trials: list[Told]) -> float | None:
+        ended = [len(told.scores) for told in trials if told.status in ("FINISHED", "KILLED")]
+        if not ended:
+            return None
+        each = sum(ended) / len(ended)
+        running = sum(len(told.scores) for told in trials if told.status == "RUNNING")
+        steps = max(each * (self.settings.trials - len(ended)) - running, 0.0)
+        spent = self._spent()
+        return min(steps * spent / self.stepped, self._budget - spent) if self.stepped else None
 
     @property
-    def best(self) -> float:
-        return min(self.scores.values(), default=math.inf)
+    def _budget(self) -> float:
+        return self.settings.search_seconds or math.inf
 
-    @property
-    def history(self) -> list[float]:
-        return [self.scores[epoch] for epoch in sorted(self.scores)]
+    def _spent(self) -> float:
+        """Seconds since the first trial of this process."""
+        return 0.0 if self.began is None else time.monotonic() - self.began
 
-    def row(self) -> dict[str, Any]:
-        best = self.best if math.isfinite(self.best) else None
+
+class _Proposals(Searcher):
+    """Hands the study's proposals to Tune."""
+
+    def __init__(self, board: _Board) -> None:
+        super().__init__(metric=METRIC, mode="min")
+        self.board = board
+
+    def set_search_properties(
+        self, metric: str | None, mode: str | None, config: dict[str, Any], **_: object
+    ) -> bool:
+        """The space is the study's own."""
+        return True
+
+    def suggest(self, trial_id: str) -> Any:  # noqa: ANN401  (dict, or Searcher.FINISHED)
+        """The next trial, if there is room for one."""
+        if not self.board.has_room():
+            return Searcher.FINISHED
+        proposal = self.board.start(trial_id)
+        kept = proposal.checkpoint
         return {
-            "trial": self.number,
-            **asdict(self.config),
-            "epochs": len(self.scores),
-            METRIC: best,
-            "status": self.status,
+            "params": proposal.params,
+            "checkpoint": None if kept is None else ray.put(kept),
         }
+
+    def on_trial_complete(self, trial_id: str, result: object = None, error: bool = False) -> None:
+        """Told by the listener."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The study is on disk already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """A search goes on as a new experiment over the same study."""
+
+
+class _Halving(FIFOScheduler):
+    """Stops what the study says has fallen behind."""
+
+    def __init__(self, board: _Board) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.board = board
+
+    def on_trial_result(self, tune_controller: object, trial: Trial, result: dict[str, Any]) -> str:
+        """One score, written down before Tune goes on."""
+        if "error" in result:
+            self.board.failed[trial.trial_id] = result["error"]
+            return TrialScheduler.STOP
+        stop = self.board.hear(trial.trial_id, int(result["step"]), float(result[METRIC]))
+        return TrialScheduler.STOP if stop else TrialScheduler.CONTINUE
 
 
 class _Listener(tune.Callback):
-    """Follows the trials in the driver, numbered as they were proposed."""
+    """Keeps checkpoints, and hears how trials end."""
 
-    def __init__(self, settings: Settings, on_trial: OnTrial | None) -> None:
-        self.settings, self.on_trial = settings, on_trial
-        self.heard: dict[str, _Heard] = {}
-        self.raised: Exception | None = None
-
-    def on_trial_start(
-        self, iteration: int, trials: list[Trial], trial: Trial, **_: object
-    ) -> None:
-        self._of(trials, trial)
-
-    def _of(self, trials: list[Trial], trial: Trial) -> _Heard:
-        """What is known of a trial; one whose worker never came up was never started either."""
-        config = ModelConfig(**trial.config, seed=self.settings.seed)
-        return self.heard.setdefault(trial.trial_id, _Heard(trials.index(trial), config, {}))
+    def __init__(self, board: _Board) -> None:
+        self.board = board
 
     def on_trial_result(
         self,
@@ -216,44 +302,45 @@ class _Listener(tune.Callback):
         result: dict[str, Any],
         **_: object,
     ) -> None:
-        self._of(trials, trial).scores[int(result["epoch"])] = float(result[METRIC])
+        state = result.pop("state", None)  # not for Tune's own records
+        if state is not None:
+            self.board.study.keep(self.board.numbers[trial.trial_id], state)
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **_: object
+    ) -> None:
+        kept = self.board.study.checkpoint(self.board.numbers[trial.trial_id])
+        if kept is not None:
+            trial.config["checkpoint"] = ray.put(kept)
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
     ) -> None:
-        heard = self._of(trials, trial)
-        early = len(heard.scores) < self.settings.epochs
-        self._end(heard, "KILLED" if early else "FINISHED")
+        error = self.board.failed.get(trial.trial_id)
+        if error is not None:
+            self.board.end(trial.trial_id, "FAILED", error)
+            return
+        told = self.board.study.told(self.board.numbers[trial.trial_id])
+        early = len(told.scores) < self.board.steps
+        self.board.end(trial.trial_id, "KILLED" if early else "FINISHED")
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
     ) -> None:
-        heard = self._of(trials, trial)
-        heard.error = _last_line(trial.error_file)
-        _log.warning("Trial %d failed with %s: %s", heard.number, heard.config, heard.error)
-        self._end(heard, "FAILED")
-
-    def _end(self, heard: _Heard, status: Status) -> None:
-        heard.status = status
-        if self.on_trial is None or self.raised is not None:
-            return
-        try:
-            self.on_trial(heard.number, asdict(heard.config), heard.history, status)
-        except Exception as error:  # noqa: BLE001  (raised again after Tune, which would log it only)
-            self.raised = error
+        self.board.end(trial.trial_id, "FAILED", _last_line(trial.error_file))
 
 
 class _StopOnError(tune.Stopper):
     """Ends the search once the caller's `on_trial` has raised."""
 
-    def __init__(self, listener: _Listener) -> None:
-        self.listener = listener
+    def __init__(self, board: _Board) -> None:
+        self.board = board
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self.listener.raised is not None
+        return self.board.raised is not None
 
 
 class _Silence(tune.ProgressReporter):
@@ -272,151 +359,27 @@ def _last_line(error_file: str | None) -> str:
     return Path(error_file).read_text().strip().splitlines()[-1]
 
 
-def _result(listener: _Listener) -> SearchResult:
-    trials = sorted(listener.heard.values(), key=lambda t: (t.status == "FAILED", t.best, t.number))
-    if not trials or trials[0].status == "FAILED":
-        reason = trials[0].error if trials else "no trial started"
+def _result(study: Study, settings: Settings, seconds: float) -> SearchResult:
+    ranked = study.ranked()
+    if not ranked or ranked[0].status == "FAILED":
+        reason = ranked[0].error if ranked else "no trial started"
         raise TrainingError(
-            f"All {listener.settings.trials} trials of the search failed; at least one result was "
+            f"All {settings.trials} trials of the search failed; at least one result was "
             f"expected. The first says: {reason}"
         )
-    return SearchResult(trials[0].config, [trial.row() for trial in trials])
+    configs = {told.number: ModelConfig(**told.params, seed=settings.seed) for told in ranked}
+    return SearchResult(
+        config=configs[ranked[0].number],
+        leaderboard=[_row(told, configs[told.number]) for told in ranked],
+        seconds=seconds,
+    )
 
 
-@contextmanager
-def _quiet_optuna() -> Iterator[None]:
-    logger = logging.getLogger("optuna")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    """A short-lived folder in memory where there is one, since Ray and Tune write a lot."""
-    memory = Path("/dev/shm")
-    _sweep(memory)
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 * _OBJECT_STORE
-    prefix = f"{_SCRATCH}{os.getpid()}-"
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=memory if roomy else None))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(memory: Path) -> None:
-    """Give back the memory of searches that were killed: a folder's name holds its owner's id."""
-    for folder in memory.glob(f"{_SCRATCH}*"):
-        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _ray(settings: Settings, folder: Path) -> Iterator[None]:
-    """Ray for the time of a search: the cluster of `ray_address`, else one in this process.
-
-    A Ray that the caller has started already is used and left running.
-    """
-    own = {} if settings.ray_address else _private(folder)
-    with _environment(_ENVIRONMENT | _WORKER_ENVIRONMENT | own), _signals_kept():
-        if ray.is_initialized():
-            yield
-            return
-        _start_ray(settings, folder)
-        try:
-            yield
-        finally:
-            ray.shutdown()
-
-
-def _private(folder: Path) -> dict[str, str]:
-    """What keeps an own Ray to itself: a killed trial's files, and the token of its ports.
-
-    Without a token in the environment, Ray would write one into the user's home.
-    """
-    return {"TMPDIR": str(folder), "RAY_AUTH_TOKEN": _token()}
-
-
-@cache
-def _token() -> str:
-    """One a process, since Ray reads it once."""
-    return secrets.token_hex(32)
-
-
-def _start_ray(settings: Settings, folder: Path) -> None:
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not settings.ray_address:
-        ray.init(
-            address="local",
-            num_cpus=settings.concurrency,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
-            _temp_dir=str(folder / "ray"),
-            **quiet,
-        )
-        return
-    if settings.ray_address.startswith("ray://"):
-        raise ConfigError(
-            f"PERENNIAL_RAY_ADDRESS or RAY_ADDRESS is {settings.ray_address}; host:port of the "
-            "cluster's head is expected, such as head.example:6379, from a machine of the cluster. "
-            "Ray Tune does not tell a Ray Client of its trials."
-        )
-    try:
-        _knock(settings.ray_address)
-        ray.init(
-            address=settings.ray_address,
-            runtime_env={
-                "env_vars": _WORKER_ENVIRONMENT,
-                "worker_process_setup_hook": "tasks.search.warm_up",
-            },
-            **quiet,
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ServiceError(
-            f"No Ray cluster answers at {settings.ray_address}: {error}. "
-            "Check PERENNIAL_RAY_ADDRESS or RAY_ADDRESS; empty means Ray in this process."
-        ) from error
-
-
-def _knock(address: str) -> None:
-    """Fail within seconds where Ray would wait for minutes and then end the process."""
-    where = urlsplit(address if "://" in address else f"ray://{address}")
-    if where.hostname and where.port:
-        socket.create_connection((where.hostname, where.port), timeout=5).close()
-
-
-def warm_up() -> None:
-    """Run in each new worker: importing this module has loaded what a trial needs."""
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables that Ray and its workers read when they start, put back with what Ray sets."""
-    before = {name: os.environ.get(name) for name in (*values, *_SET_BY_RAY)}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Ray takes over SIGTERM and keeps it; give it back."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _row(told: Told, config: ModelConfig) -> dict[str, Any]:
+    return {
+        "trial": told.number,
+        **asdict(config),
+        "epochs": len(told.scores),
+        METRIC: told.score if told.scores else None,
+        "status": told.status,
+    }

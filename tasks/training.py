@@ -28,6 +28,9 @@ from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
 from forecasting.windows import Splits, Windows, make_windows, split, with_peers
 
+PAST_SEARCHES = 3
+"""Past searches of a symbol whose best parameters a new one tries first."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -79,21 +82,73 @@ def with_peers_of(settings: Settings, symbol: str) -> list[str]:
 
 
 @task(name="search", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)
-def search(settings: Settings, splits: Splits, parent_run: str, md5: str, key: str) -> Found:
-    """Search the hyperparameters with Ray Tune; every trial is a nested MLflow run."""
+def search(
+    settings: Settings,
+    splits: Splits,
+    parent_run: str,
+    tags: dict[str, str],
+    key: str,
+) -> Found:
+    """Search the hyperparameters with Ray Tune; every trial is a nested MLflow run.
+
+    A search that was killed goes on where it was, in the MLflow run that it had begun.
+
+    Args:
+        settings: as `run_search` reads them.
+        splits: windows.
+        parent_run: MLflow run of the training.
+        tags: `symbol`, `as_of` and `dataset_md5`, for the search's run and its trials.
+        key: names the result in the cache, and the study on disk.
+    """
+    from forecasting.study import open_study
+    from tasks.progress import shown
     from tasks.search import run_search
 
-    registry = open_registry(settings)
-    run_id = registry.start_run("search", {"cache_key": key, "dataset_md5": md5}, parent=parent_run)
-    try:
-        result = run_search(
-            splits, settings, on_trial=registry.trial_logger(run_id, {"dataset_md5": md5})
-        )
-    except BaseException:
-        registry.finish(run_id, "FAILED")
-        raise
-    registry.finish(run_id, "FINISHED")
+    registry, folder = open_registry(settings), settings.work_dir / "search" / key
+    with open_study(folder, seed=settings.seed, grace=settings.grace_epochs) as study:
+        if not (study.run_id and registry.take_up_run(study.run_id, parent_run)):
+            own = {**tags, "cache_key": key, "perennial.kind": "search"}
+            study.run_id = registry.start_run("search", own, parent=parent_run)
+        run_id = study.run_id
+        study.suggest_first(_first(registry, tags))
+        on_trial = registry.trial_logger(run_id, tags)
+        logged = registry.logged_trials(run_id)
+        try:
+            for told in study.trials:  # what a dead process ended and did not live to log
+                if told.ended is not None and told.number not in logged:
+                    config = asdict(ModelConfig(**told.params, seed=settings.seed))
+                    on_trial(told.number, config, told.scores, told.status)
+            with shown() as on_progress:
+                result = run_search(
+                    splits, settings, study, on_trial=on_trial, on_progress=on_progress
+                )
+        except BaseException:
+            registry.finish(run_id, "FAILED")
+            raise
+        registry.log_params(run_id, asdict(result.config))
+        shares = study.importances()
+        registry.log_metrics(run_id, [(f"importance_{k}", v, 0) for k, v in shares.items()])
+        if page := study.page():
+            registry.log_text(run_id, page, "search.html")
+        registry.finish(run_id, "FINISHED")
     return Found(config=result.config, leaderboard=result.leaderboard, run_id=run_id)
+
+
+def _first(registry: Registry, tags: dict[str, str]) -> list[dict[str, Any]]:
+    """What a search tries before it draws: the defaults, and what was best for the symbol before.
+
+    Only of searches as of earlier days: the past must not know of what came after it, and the
+    same day searched again must find the same.
+    """
+    defaults = asdict(ModelConfig())
+    kinds = {name: type(value) for name, value in defaults.items()}
+    past = registry.past_searches(
+        tags["symbol"], date.fromisoformat(tags["as_of"]), limit=PAST_SEARCHES
+    )
+    known = [
+        {name: kinds[name](value) for name, value in each.items() if name in kinds} for each in past
+    ]
+    return [defaults, *known]
 
 
 @task(name="fit", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)

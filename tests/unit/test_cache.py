@@ -19,8 +19,10 @@ DECISIVE = [
     "forecasting/model.py",
     "forecasting/network.py",
     "forecasting/prices.py",
+    "forecasting/study.py",
     "forecasting/windows.py",
     "tasks/search.py",
+    "tasks/trials.py",
     "tasks/training.py",
 ]
 """What reads and adjusts prices, cuts windows, searches, fits and exports."""
@@ -28,7 +30,7 @@ DECISIVE = [
 
 def test_results_of_cached_steps_are_read_back_without_torch():
     modules = "import sys, flows.train, forecasting.hyperparameters"
-    code = f"{modules}; print({{'torch', 'ray', 'lightning'}} & sys.modules.keys())"
+    code = f"{modules}; print({{'torch', 'ray', 'lightning', 'optuna'}} & sys.modules.keys())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )

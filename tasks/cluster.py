@@ -1,0 +1,177 @@
+"""Ray for the time of one job: a private one in this process, or the cluster of `ray_address`."""
+
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import ray
+
+from forecasting.errors import ConfigError, ServiceError
+from forecasting.settings import Settings
+
+_OBJECT_STORE = 128 * 1024**2
+_SCRATCH = "perennial-search-"
+_WORKER_ENVIRONMENT = {
+    # one thread a trial; malloc that keeps its memory makes the same LSTM 1.3-1.8x faster
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(8 * 1024**3),
+}
+_ENVIRONMENT = {
+    "RAY_worker_niceness": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output prints a banner even when told to be silent
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the run, not only the experiment
+}
+_MODULES = ("forecasting.model", "tasks.trials")
+"""What a worker needs, imported as it starts and not in its first trial."""
+_SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A short-lived folder in memory where there is one, since Ray and Tune write a lot."""
+    memory = Path("/dev/shm")
+    _sweep(memory)
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 * _OBJECT_STORE
+    prefix = f"{_SCRATCH}{os.getpid()}-"
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=memory if roomy else None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(memory: Path) -> None:
+    """Give back the memory of searches that were killed: a folder's name holds its owner's id."""
+    for folder in memory.glob(f"{_SCRATCH}*"):
+        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def running(settings: Settings, folder: Path) -> Iterator[None]:
+    """Ray for the time of a search: the cluster of `ray_address`, else one in this process.
+
+    A Ray that the caller has started already is used and left running.
+    """
+    own = {} if settings.ray_address else _private(folder)
+    with _environment(_ENVIRONMENT | _WORKER_ENVIRONMENT | own), _signals_kept():
+        if ray.is_initialized():
+            yield
+            return
+        _start_ray(settings, folder)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _private(folder: Path) -> dict[str, str]:
+    """What keeps an own Ray to itself: a killed trial's files, and the token of its ports.
+
+    Without a token in the environment, Ray would write one into the user's home.
+    """
+    return {
+        "TMPDIR": str(folder),
+        "RAY_AUTH_TOKEN": _token(),
+        "RAY_preload_python_modules": ",".join(_MODULES),  # while the driver goes on
+    }
+
+
+@cache
+def _token() -> str:
+    """One a process, since Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+def _start_ray(settings: Settings, folder: Path) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if not settings.ray_address:
+        ray.init(
+            address="local",
+            num_cpus=settings.concurrency,
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE,
+            _temp_dir=str(folder / "ray"),
+            **quiet,
+        )
+        return
+    if settings.ray_address.startswith("ray://"):
+        raise ConfigError(
+            f"PERENNIAL_RAY_ADDRESS or RAY_ADDRESS is {settings.ray_address}; host:port of the "
+            "cluster's head is expected, such as head.example:6379, from a machine of the cluster. "
+            "Ray Tune does not tell a Ray Client of its trials."
+        )
+    try:
+        _knock(settings.ray_address)
+        ray.init(
+            address=settings.ray_address,
+            runtime_env={
+                "env_vars": _WORKER_ENVIRONMENT,
+                "worker_process_setup_hook": "tasks.cluster.warm_up",
+            },
+            **quiet,
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ServiceError(
+            f"No Ray cluster answers at {settings.ray_address}: {error}. "
+            "Check PERENNIAL_RAY_ADDRESS or RAY_ADDRESS; empty means Ray in this process."
+        ) from error
+
+
+def _knock(address: str) -> None:
+    """Fail within seconds where Ray would wait for minutes and then end the process."""
+    where = urlsplit(address if "://" in address else f"ray://{address}")
+    if where.hostname and where.port:
+        socket.create_connection((where.hostname, where.port), timeout=5).close()
+
+
+def warm_up() -> None:
+    """Run in each new worker, so that its imports are not part of its first trial."""
+    for name in _MODULES:
+        import_module(name)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables that Ray and its workers read when they start, put back with what Ray sets."""
+    before = {name: os.environ.get(name) for name in (*values, *_SET_BY_RAY)}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes over SIGTERM and keeps it; give it back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
