@@ -22,6 +22,7 @@ import optuna
 import plotly.graph_objects as go
 from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.importance import FanovaImportanceEvaluator
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
@@ -226,13 +227,14 @@ class Study:
         self._study.set_user_attr(_RUN, run_id)
 
     def importances(self) -> dict[str, float]:
-        """What each parameter matters, adding up to 1 (PED-ANOVA, Watanabe et al. 2023).
+        """What each parameter matters, adding up to 1 (fANOVA, Hutter et al. 2014).
 
-        Empty where no two trials came to different scores.
+        Optuna's default, PED-ANOVA, names the wrong one with a dozen trials. Empty where no two
+        trials came to different scores.
         """
         if not self._can_compare():
             return {}
-        found = optuna.importance.get_param_importances(self._study)
+        found = optuna.importance.get_param_importances(self._study, evaluator=_fanova())
         return {name: float(value) for name, value in found.items()}
 
     def figures(self) -> tuple[go.Figure, ...]:
@@ -242,7 +244,7 @@ class Study:
         coordinates = plot_parallel_coordinate(
             self._study, [*self.space], target_name="validation CRPS, bp"
         )
-        return coordinates, plot_param_importances(self._study)
+        return coordinates, plot_param_importances(self._study, _fanova())
 
     def page(self) -> str:
         """Both plots as one HTML page that needs no network; empty where there are none."""
@@ -299,6 +301,10 @@ def _quiet() -> Iterator[None]:
 
 def _sampler(seed: int) -> TPESampler:
     return TPESampler(multivariate=True, constant_liar=True, n_startup_trials=STARTUP, seed=seed)
+
+
+def _fanova() -> FanovaImportanceEvaluator:
+    return FanovaImportanceEvaluator(seed=0)
 
 
 def _told(trial: FrozenTrial) -> Told:

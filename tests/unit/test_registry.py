@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from uuid import uuid4
 
 import mlflow.pyfunc
 import numpy as np
@@ -91,6 +93,42 @@ def test_a_trial_is_a_nested_run(registry: Registry) -> None:
     assert (run.info.run_name, run.info.status) == ("trial-003", "KILLED")
     assert run.data.params == {"hidden": "32"}
     assert run.data.metrics == {"validation_crps_bp": 81.0, "best_validation_crps_bp": 80.5}
+
+
+def test_an_interrupted_search_is_taken_up_with_the_trials_it_logged(registry: Registry) -> None:
+    first, second = registry.start_run("train", {}), registry.start_run("train again", {})
+    search = registry.start_run("search", {}, first)
+    registry.log_trial(search, 0, {"hidden": 8}, [9.0])
+    registry.log_trial(search, 2, {"hidden": 8}, [9.0], "KILLED")
+    halfway = {"perennial.kind": "trial", "perennial.trial": "1"}
+    registry.start_run("trial-001", halfway, search)  # its process died here
+    registry.finish(search, "FAILED")
+
+    assert registry.take_up_run(search, second)
+    found = read(registry).get_run(search)
+    assert (found.info.status, found.data.tags["mlflow.parentRunId"]) == ("RUNNING", second)
+    assert registry.logged_trials(search) == {0, 2}
+    registry.log_trial(search, 1, {"hidden": 8}, [9.0])
+    assert registry.logged_trials(search) == {0, 1, 2}
+    assert not registry.take_up_run("0" * 32, second)
+
+
+def test_past_searches_know_no_later_day(registry: Registry) -> None:
+    def searched(symbol: str, as_of: str, status: str = "FINISHED") -> None:
+        tags = {"perennial.kind": "search", "symbol": symbol, "as_of": as_of}
+        run_id = registry.start_run("search", tags)
+        registry.log_params(run_id, {"lr": f"{symbol} {as_of}"})
+        registry.finish(run_id, status)
+
+    symbol = f"S{uuid4().hex[:8]}"
+    searched(symbol, "2007-01-31")
+    searched(symbol, "2008-01-31", "FAILED")
+    searched(symbol, "2008-02-29")
+    searched(symbol, "2008-03-31")
+    searched("OTHER", "2007-01-31")
+    past = registry.past_searches(symbol, date(2008, 3, 31), limit=3)
+    assert past == [{"lr": f"{symbol} 2008-02-29"}, {"lr": f"{symbol} 2007-01-31"}]
+    assert len(registry.past_searches(symbol, date(2008, 3, 31), limit=1)) == 1
 
 
 def test_only_a_server_has_run_addresses(registry: Registry) -> None:

@@ -6,10 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, fields
-from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -25,8 +22,6 @@ from forecasting.windows import Splits, folds, make_windows, split
 from tasks.cluster import _sweep
 from tasks.search import Progress, SearchResult, run_search
 from tests.market import market
-from tests.services import free_port
-from tests.serving.running import until
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,50 +193,6 @@ def test_what_the_caller_raises_ends_the_search(splits, tmp_path):
 def test_a_client_address_is_refused_with_what_to_write(splits, tmp_path):
     with pytest.raises(ConfigError, match=r"ray://head:10001; host:port .* is expected"):
         _run(splits, _settings(tmp_path, ray_address="ray://head:10001"))
-
-
-@pytest.mark.slow
-def test_a_cluster_is_used_and_left_running(splits, tmp_path):
-    ray_command = str(Path(sys.executable).with_name("ray"))
-    port = free_port()
-    home = os.environ | {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
-    options = [f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
-    start = [ray_command, "start", "--head", "--block", *options]
-    with (tmp_path / "log").open("wb") as log:
-        head = subprocess.Popen(start, env=home, stdout=log, stderr=log, start_new_session=True)
-    try:
-        until(lambda: "Ray runtime started" in (tmp_path / "log").read_text(), "the cluster")
-        # In a process of its own, like every run of a flow: Ray reads its token once a process, and
-        # the searches above, which had one, would keep this cluster from answering.
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            settings = _settings(tmp_path, ray_address=f"127.0.0.1:{port}", epochs=2)
-            told, result, is_left = pool.submit(_search_and_leave, splits, settings).result(120)
-        assert sorted(told) == [row["trial"] for row in sorted(result.leaderboard, key=_number)]
-        assert is_left
-        assert head.poll() is None
-    finally:
-        _end(head)
-
-
-def _search_and_leave(splits: Splits, settings: Settings) -> tuple[list[int], SearchResult, bool]:
-    told: list[int] = []
-    result = _run(splits, settings, on_trial=lambda number, *_: told.append(number))
-    return told, result, not ray.is_initialized()
-
-
-def _end(head: subprocess.Popen[bytes]) -> None:
-    """`ray start --block` ends what it started, one after the other; all at once they may hang."""
-    head.terminate()
-    try:
-        head.wait(30)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(head.pid, signal.SIGKILL)
-        head.wait(30)
-
-
-def _number(row: dict[str, object]) -> object:
-    return row["trial"]
 
 
 def test_memory_of_a_killed_search_is_given_back(tmp_path):

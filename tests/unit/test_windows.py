@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forecasting.errors import HistoryError
-from forecasting.windows import MIN_TRAIN, join, make_windows, split, with_peers
+from forecasting.windows import MIN_TRAIN, folds, join, make_windows, split, with_peers
 from tests.market import market
 
 
@@ -58,6 +58,43 @@ def test_no_target_reaches_a_later_part(extra, horizon, validation, gate):
     assert all(part.known.all() for part in order)
     # the gate ends with the newest window whose whole horizon is known
     assert position[parts.gate.origins[-1]] + horizon == len(windows) - 1
+
+
+@given(
+    extra=st.integers(0, 300),
+    horizon=st.integers(1, 6),
+    validation=st.integers(20, 60),
+    count=st.integers(1, 5),
+)
+@settings(max_examples=25, deadline=None)
+def test_folds_are_earlier_blocks_that_see_nothing_later(extra, horizon, validation, count):
+    rows = 31 + horizon + MIN_TRAIN + validation + 20 + 2 * horizon + extra
+    frame = market(rows)
+    whole = split(make_windows(frame, 32, horizon), validation, 20)
+    found = folds(whole, count)
+    assert 1 <= len(found) <= count
+    assert found[-1] is whole
+    if len(found) < count:
+        shorter = len(whole.train) - (len(found) - 1) * (validation + horizon)
+        assert shorter - validation - horizon < MIN_TRAIN
+    for fold in found:
+        days = fold.validation.origins
+        assert len(days) == validation
+        assert len(fold.train) >= MIN_TRAIN
+        last = frame.index.get_loc(fold.train.origins[-1])
+        assert last + horizon < frame.index.get_loc(days[0])
+    for earlier, later in pairwise(found):
+        gap = frame.index.get_loc(later.validation.origins[0])
+        assert frame.index.get_loc(earlier.validation.origins[-1]) + horizon < gap
+
+
+def test_folds_keep_symbols_together_by_day():
+    whole = split(make_windows(market(400), 32, 5), 40, 30)
+    peer = make_windows(market(400, seed=9), 32, 5, symbol_index=1)
+    earlier, _ = folds(with_peers(whole, [peer]), 2)
+    for part in (earlier.train, earlier.validation):
+        own, others = (set(part.origins[part.symbol == symbol]) for symbol in (0, 1))
+        assert own == others
 
 
 def test_too_short_a_history_says_what_is_needed():
