@@ -38,7 +38,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the run, not only the experiment
 }
-_MODULES = ("forecasting.model", "tasks.trials")
+_MODULES = ("forecasting.model", "tasks.search")
 """What a worker needs, imported as it starts and not in its first trial."""
 _SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
 

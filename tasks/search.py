@@ -25,7 +25,7 @@ from forecasting.settings import Settings
 from forecasting.study import METRIC, Proposal, Status, Study, Told
 from forecasting.windows import Splits, folds
 from tasks import cluster
-from tasks.trials import run_trial
+from tasks.trials import run_folds
 
 OnTrial = Callable[[int, Mapping[str, object], Sequence[float], Status], object]
 """Called with number, configuration, score in bp after each epoch, and status as a trial ends."""
@@ -113,12 +113,11 @@ def run_search(
         ServiceError: the Ray cluster of `ray_address` cannot be reached.
     """
     began = time.monotonic()
-    count = len(folds(splits, settings.folds))
-    board = _Board(study, settings, count * settings.epochs, on_trial, on_progress)
+    board = _Board(study, settings, splits, on_trial, on_progress)
     if board.has_room():
         with cluster.scratch() as folder, cluster.running(settings, folder):
             tune.Tuner(
-                tune.with_parameters(run_trial, splits=splits, count=count, settings=settings),
+                tune.with_parameters(_trial, splits=splits, settings=settings),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
                     max_concurrent_trials=settings.concurrency,
@@ -141,6 +140,60 @@ def run_search(
     return _result(study, settings, time.monotonic() - began)
 
 
+def search_here(
+    splits: Splits, settings: Settings, study: Study, *, on_trial: OnTrial | None = None
+) -> SearchResult:
+    """The same search without Ray: one trial after the other in this process.
+
+    For a process that is itself one of many. Arguments and errors as of `run_search`, without
+    those of Ray.
+    """
+    began = time.monotonic()
+    board = _Board(study, settings, splits, on_trial, None)
+    while board.has_room():
+        proposal = board.start("here")
+
+        def report(step: int, score: float, checkpoint: bytes | None) -> None:
+            if checkpoint is not None:
+                study.keep(board.numbers["here"], checkpoint)
+            if board.hear("here", step, score):
+                raise _Stopped
+
+        error = ""
+        try:
+            run_folds(proposal.params, proposal.checkpoint, splits, settings, report)
+        except _Stopped:
+            pass
+        except TrainingError as failed:
+            error = str(failed)
+        board.finish("here", error)
+    if board.raised is not None:
+        raise board.raised
+    return _result(study, settings, time.monotonic() - began)
+
+
+class _Stopped(Exception):  # noqa: N818  (no error: the study has stopped a trial)
+    """A trial need not go on."""
+
+
+def _trial(config: dict[str, Any], splits: Splits, settings: Settings) -> None:
+    """A trial in a worker of Tune.
+
+    What goes wrong in it is reported as well: Tune would try again, which is for lost workers.
+    """
+
+    def report(step: int, score: float, checkpoint: bytes | None) -> None:
+        told: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
+        tune.report({METRIC: score, "step": step, **told})
+
+    kept = config["checkpoint"]
+    checkpoint = None if kept is None else ray.get(kept)
+    try:
+        run_folds(config["params"], checkpoint, splits, settings, report)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the trial has failed and says why)
+        tune.report({METRIC: math.inf, "error": f"{type(error).__name__}: {error}"})
+
+
 class _Board:
     """Between Tune and the study: which trial is which, and when it is enough."""
 
@@ -148,14 +201,15 @@ class _Board:
         self,
         study: Study,
         settings: Settings,
-        steps: int,
+        splits: Splits,
         on_trial: OnTrial | None,
         on_progress: OnProgress | None,
     ) -> None:
-        self.study, self.settings, self.steps = study, settings, steps
+        self.study, self.settings = study, settings
+        self.steps = len(folds(splits, settings.folds)) * settings.epochs
         self.on_trial, self.on_progress = on_trial, on_progress
         self.numbers: dict[str, int] = {}
-        self.failed: dict[str, str] = {}
+        self.failed: dict[str, str] = {}  # by Tune's id, what went wrong
         self.raised: Exception | None = None
         self.began: float | None = None
         self.stepped = 0
@@ -184,6 +238,14 @@ class _Board:
         behind = self.study.report(self.numbers[trial_id], step, score)
         self.show()
         return self.raised is not None or behind or self._spent() >= self._budget
+
+    def finish(self, trial_id: str, error: str = "") -> None:
+        """A trial has come to its end, or was stopped, or has failed with an error."""
+        steps = len(self.study.told(self.numbers[trial_id]).scores)
+        if error:
+            self.end(trial_id, "FAILED", error)
+        else:
+            self.end(trial_id, "FINISHED" if steps == self.steps else "KILLED")
 
     def end(self, trial_id: str, status: Status, error: str = "") -> None:
         """Write down how a trial ended, and tell the caller."""
@@ -302,9 +364,9 @@ class _Listener(tune.Callback):
         result: dict[str, Any],
         **_: object,
     ) -> None:
-        state = result.pop("state", None)  # not for Tune's own records
-        if state is not None:
-            self.board.study.keep(self.board.numbers[trial.trial_id], state)
+        kept = result.pop("checkpoint", None)  # not for Tune's own records
+        if kept is not None:
+            self.board.study.keep(self.board.numbers[trial.trial_id], kept)
 
     def on_trial_recover(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
@@ -316,13 +378,7 @@ class _Listener(tune.Callback):
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object
     ) -> None:
-        error = self.board.failed.get(trial.trial_id)
-        if error is not None:
-            self.board.end(trial.trial_id, "FAILED", error)
-            return
-        told = self.board.study.told(self.board.numbers[trial.trial_id])
-        early = len(told.scores) < self.board.steps
-        self.board.end(trial.trial_id, "KILLED" if early else "FINISHED")
+        self.board.finish(trial.trial_id, self.board.failed.get(trial.trial_id, ""))
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **_: object

@@ -1,22 +1,24 @@
-"""One trial of a search, in a worker of Ray.
+"""One trial of a search, wherever it runs: a worker of Ray Tune, or this process.
 
-The network is imported in the worker alone: the driver of a search needs no torch.
+The network is imported in the functions that fit: the driver of a search needs no torch.
 """
 
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import ray
-from ray import tune
 
 from forecasting.hyperparameters import ModelConfig
 from forecasting.settings import Settings
-from forecasting.study import METRIC
 from forecasting.windows import Splits, folds
+
+Report = Callable[[int, float, bytes | None], object]
+"""Called after each epoch with its number over all folds, the score so far in bp, and now and then
+a checkpoint; what it raises ends the trial."""
 
 
 class _State(msgspec.Struct):
@@ -27,29 +29,34 @@ class _State(msgspec.Struct):
     fit: bytes
 
 
-def run_trial(config: dict[str, Any], splits: Splits, count: int, settings: Settings) -> None:
-    """One trial: a fit a fold, that reports after each epoch.
+def run_folds(
+    params: dict[str, Any],
+    checkpoint: bytes | None,
+    splits: Splits,
+    settings: Settings,
+    report: Report,
+) -> None:
+    """A fit a fold; the score is the mean over the folds of the best epoch's validation CRPS.
 
-    What goes wrong in it is reported as well: Tune would try again, which is for lost workers.
+    Args:
+        params: fields of `ModelConfig`.
+        checkpoint: as reported before by the same trial, to go on from.
+        splits: windows; those of the gate are not looked at.
+        settings: folds, epochs, seed, checkpoint_seconds.
+        report: hears of each epoch.
     """
-    chosen = ModelConfig(**config["params"], seed=settings.seed)
-    state = _state_of(config)
-    try:
-        for fold, parts in enumerate(folds(splits, count)):
-            if fold >= len(state.scores):
-                state = _fit_fold(parts, chosen, settings, state)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the trial has failed and says why)
-        tune.report({METRIC: math.inf, "error": f"{type(error).__name__}: {error}"})
+    chosen = ModelConfig(**params, seed=settings.seed)
+    state = _State([], math.inf, b"")
+    if checkpoint is not None:
+        state = msgspec.msgpack.decode(checkpoint, type=_State)
+    for fold, parts in enumerate(folds(splits, settings.folds)):
+        if fold >= len(state.scores):
+            state = _fit_fold(parts, chosen, settings, state, report)
 
 
-def _state_of(config: dict[str, Any]) -> _State:
-    kept = config["checkpoint"]
-    if kept is None:
-        return _State([], math.inf, b"")
-    return msgspec.msgpack.decode(ray.get(kept), type=_State)
-
-
-def _fit_fold(splits: Splits, chosen: ModelConfig, settings: Settings, state: _State) -> _State:
+def _fit_fold(
+    splits: Splits, chosen: ModelConfig, settings: Settings, state: _State, report: Report
+) -> _State:
     """One fold, from where `state` left it; the state in which the next one starts."""
     from forecasting import model
 
@@ -60,17 +67,15 @@ def _fit_fold(splits: Splits, chosen: ModelConfig, settings: Settings, state: _S
             resume = Path(name) / "resume.ckpt"
             resume.write_bytes(state.fit)
 
-        def report(epoch: int, score: float) -> None:
+        def heard(epoch: int, score: float) -> None:
             nonlocal sent, best
-            told: dict[str, Any] = {}
+            kept = None
             if last.is_file() and time.monotonic() - sent >= settings.checkpoint_seconds:
-                told["state"] = msgspec.msgpack.encode(
-                    _State(state.scores, best, last.read_bytes())
-                )
+                kept = msgspec.msgpack.encode(_State(state.scores, best, last.read_bytes()))
                 sent = time.monotonic()
             best = min(best, score)
             mean = sum([*state.scores, best]) / (len(state.scores) + 1)
-            tune.report({METRIC: mean, "step": len(state.scores) * epochs + epoch, **told})
+            report(len(state.scores) * epochs + epoch, mean, kept)
 
         model.fit(
             splits,
@@ -78,7 +83,7 @@ def _fit_fold(splits: Splits, chosen: ModelConfig, settings: Settings, state: _S
             epochs,
             folder=Path(name),
             patience=epochs,
-            report=report,
+            report=heard,
             resume=resume,
         )
     return _State([*state.scores, best], math.inf, b"")

@@ -20,7 +20,7 @@ from forecasting.settings import Settings, load_settings
 from forecasting.study import METRIC, open_study
 from forecasting.windows import Splits, folds, make_windows, split
 from tasks.cluster import _sweep
-from tasks.search import Progress, SearchResult, run_search
+from tasks.search import Progress, SearchResult, run_search, search_here
 from tests.market import market
 
 ROOT = Path(__file__).parents[2]
@@ -79,13 +79,22 @@ def test_a_search_is_told_ranked_repeatable_and_leaves_nothing(splits, tmp_path)
     assert dict(os.environ) == environment
     assert _ray_left_over() == []
 
-    again = _search(splits, tmp_path / "second")
-    assert (again[0].leaderboard, again[1]) == (result.leaderboard, told)
+    assert _search_here(splits, tmp_path / "second") == (result.leaderboard, told)
+
+
+def _search_here(splits: Splits, home: Path) -> tuple[list[dict], list[tuple]]:
+    """The same without Ray."""
+    settings, told = _settings(home), []
+    with open_study(home / "study", seed=settings.seed, grace=settings.grace_epochs) as study:
+        study.suggest_first([asdict(ModelConfig())])
+        result = search_here(splits, settings, study, on_trial=lambda *trial: told.append(trial))
+    return result.leaderboard, told
 
 
 def test_a_trial_is_scored_on_the_mean_of_its_folds(splits, tmp_path):
     settings = _settings(tmp_path, trials=1, folds=2)
-    result = _run(splits, settings)
+    with open_study(tmp_path / "study", seed=settings.seed, grace=99) as study:
+        result = search_here(splits, settings, study)
     expected = []
     for number, parts in enumerate(folds(splits, 2)):
         fitted = fit(parts, result.config, 4, folder=tmp_path / str(number), patience=4)
