@@ -94,6 +94,9 @@ class Settings(BaseSettings):
         ge=0,
         description="Upper 95 % bound allowed for the relative CRPS difference to the random walk.",
     )
+    gate_classical_tolerance: float = Field(
+        0.03, ge=0, description="The same to the best classical baseline (GARCH, HAR)."
+    )
     # monitor ----------------------------------------------------------------------------------
     drift_window: int = Field(40, ge=20, description="Trading days of recent data per comparison.")
     drift_threshold: float = Field(
