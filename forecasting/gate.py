@@ -490,15 +490,16 @@ def _miscalibrated(intervals: list[Interval]) -> list[str]:
     problems = []
     for each in intervals:
         least, most = INTERVALS[each.mass]
+        held = f"the {percent(each.mass)} interval held {each.share:.1%} of outcomes"
         if each.high < least:
             problems.append(
-                f"Overconfident: the {each.mass:.0%} interval held {each.share:.1%} of outcomes "
-                f"(at most {each.high:.1%} within error); at least {least:.0%} is asked for."
+                f"Overconfident: {held} (at most {each.high:.1%} within error); at least "
+                f"{least:.0%} is asked for."
             )
         if each.low > most:
             problems.append(
-                f"Too cautious: the {each.mass:.0%} interval held {each.share:.1%} of outcomes "
-                f"(at least {each.low:.1%} within error); at most {most:.0%} is asked for."
+                f"Too cautious: {held} (at least {each.low:.1%} within error); at most "
+                f"{most:.0%} is asked for."
             )
     return problems
 

@@ -34,7 +34,7 @@ INK, BLUE, ORANGE, RED, GREEN, GREY = (
     "#2c8a57",
     "#9aa7b4",
 )
-FANS = 12
+FANS = 10
 """Forecasts in the fan chart, the newest ones that do not overlap."""
 _BANDS = ((0.95, 0.16), (0.8, 0.26), (0.5, 0.42))
 _CONFIG = {"displayModeBar": False, "responsive": True}
@@ -141,42 +141,27 @@ def _score_name(key: str) -> str:
 
 
 def _against(verdict: GateVerdict) -> Section:
-    bound = f"upper {percent(verdict.confidence)} bound"
-    rows = []
-    for each in verdict.pairings:
-        name = each.opponent + (" (best on validation)" * (each.opponent == verdict.classical))
-        t = "" if each.dm_t is None else f"{each.dm_t:.2f}"
-        rows.append(
-            (
-                name,
-                f"{each.crps:.2f}",
-                f"{each.difference:+.2f}",
-                f"{each.low:+.2f} to {each.high:+.2f}",
-                f"{each.relative:+.2%}",
-                f"{each.upper:+.2%}",
-                "shown only" if each.limit is None else _limit(each.limit),
-                t,
-                f"{each.dm_p:.3f}",
-            )
+    rows = tuple(
+        (
+            each.opponent + (" (best on validation)" * (each.opponent == verdict.classical)),
+            f"{each.crps:.2f}",
+            f"{each.relative:+.2%}",
+            f"{each.upper:+.2%}",
+            "shown only" if each.limit is None else _limit(each.limit),
+            f"{each.difference:+.2f} ({each.low:+.2f} to {each.high:+.2f})",
+            ("" if each.dm_t is None else f"{each.dm_t:.2f} ") + f"({each.dm_p:.3f})",
         )
+        for each in verdict.pairings
+    )
     text = (
         "CRPS in basis points of log return, mean over horizons, lower is better; the candidate's "
         f"is {verdict.candidate_crps:.2f} on the same {verdict.windows} windows of {verdict.days} "
         f"days, {verdict.first_day} to {verdict.last_day}. Differences are candidate minus "
-        "opponent, errors are HAC; t and p are of Diebold and Mariano's test."
+        f"opponent, with HAC errors: of the relative one a one-sided {percent(verdict.confidence)} "
+        "bound, of the other a two-sided 95 % interval and the test of Diebold and Mariano."
     )
-    header = (
-        "Against",
-        "CRPS",
-        "difference",
-        "95 % interval",
-        "relative",
-        bound,
-        "allowed",
-        "t",
-        "p",
-    )
-    return Section("Against others on the same days", text, header, tuple(rows))
+    header = ("Against", "CRPS", "relative", "upper bound", "allowed", "difference", "t (p)")
+    return Section("Against others on the same days", text, header, rows)
 
 
 def _limit(limit: float) -> str:
@@ -196,7 +181,7 @@ def _by_horizon(verdict: GateVerdict) -> Section:
 def _intervals(verdict: GateVerdict) -> Section:
     rows = tuple(
         (
-            f"{each.mass:.0%}",
+            percent(each.mass),
             f"{each.share:.1%}",
             f"{each.low:.1%} to {each.high:.1%}",
             "{:.0%} to {:.0%}".format(*INTERVALS[each.mass]),
@@ -289,7 +274,7 @@ def _fan_figure(evidence: Evidence) -> go.Figure:
             fillcolor=f"rgba(217,122,30,{alpha})",
             line={"width": 0},
             mode="lines",
-            name=f"{mass:.0%} interval",
+            name=percent(mass),
             hoverinfo="skip",
         )
     shown, last = rows[rows >= starts[0]], rows[-1]
@@ -316,7 +301,7 @@ def _band(evidence: Evidence, row: int, mass: float) -> tuple[list[float], list[
 
 
 def _difference_figure(evidence: Evidence, verdict: GateVerdict) -> go.Figure:
-    figure = _figure("CRPS, candidate minus others, added up day by day", "bp, falling is better")
+    figure = _figure("CRPS, candidate minus others, added up", "bp, falling is better")
     colours = {PRODUCTION: GREEN, verdict.classical: BLUE}
     mine = np.asarray(evidence.crps[CANDIDATE], dtype=np.float64)
     for each in verdict.pairings:
@@ -365,8 +350,8 @@ def _pit_figure(evidence: Evidence) -> go.Figure:
 
 
 def _coverage_figure(evidence: Evidence) -> go.Figure:
-    figure = _figure("What the intervals held, from calm to volatile days", "share of outcomes")
-    names = ("calmest fifth", "second", "third", "fourth", "most volatile")
+    figure = _figure("What intervals held, from calm to volatile days", "share of outcomes")
+    names = ("calmest fifth", "2nd", "3rd", "4th", "most volatile")
     part = np.minimum((evidence.volatility * len(names)).astype(int), len(names) - 1)
     for (mass, _), colour in zip(INTERVALS.items(), (ORANGE, BLUE), strict=True):
         held = inside(evidence.returns, evidence.quantiles, evidence.levels, mass).mean(axis=1)
@@ -381,7 +366,7 @@ def _coverage_figure(evidence: Evidence) -> go.Figure:
             },
             mode="markers",
             marker={"color": colour, "size": 9},
-            name=f"{mass:.0%} interval",
+            name=f"{percent(mass)} interval",
             hovertemplate="%{y:.1%}<extra></extra>",
         )
         figure.add_hline(y=mass, line={"color": colour, "width": 1, "dash": "dot"})
@@ -412,8 +397,9 @@ _PAGE = """<!doctype html>
  .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0 }
  .cards div { border: 1px solid #d8dfe6; border-radius: 8px; padding: .5rem 1rem; min-width: 6rem }
  .cards b { display: block; font-size: 1.3rem }
- .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(330px, 1fr)); gap: .5rem }
- .plots > div:first-child { grid-column: 1 / -1 }
+ .plots > div { min-width: 0 }
+ .plots { display: grid; gap: .5rem;
+          grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)) }
  .wide { overflow-x: auto }
  table { border-collapse: collapse; width: 100%; font-size: .9rem }
  th, td { text-align: left; padding: .35rem .6rem; border-bottom: 1px solid #e4e9ee;

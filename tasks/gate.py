@@ -125,6 +125,6 @@ def show_verdict(
     registry.log_text(run_id, page, PAGE)
     where = registry.artifact_link(run_id, PAGE, "This card with plots")
     create_markdown_artifact(
-        f"{card}\n{where}\n", key="gate-verdict", description=verdict.summary()
+        f"{where}\n\n{card}", key="gate-verdict", description=verdict.summary()
     )
     return card

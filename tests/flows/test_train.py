@@ -145,7 +145,7 @@ def test_a_training_shows_data_leaderboard_and_verdict_in_prefect(refused, setti
     assert (data["symbol"], data["last day"]) == ("GOOG", "2007-12-31")
     assert len(json.loads(shown["search-leaderboard"])) == 2
     card = kept(settings, refused.run_id, "model-card.md")
-    assert shown["gate-verdict"].startswith(card)
+    assert shown["gate-verdict"].endswith(card)
     assert "This card with plots: model-card.html of run" in shown["gate-verdict"]
     assert refused.reasons[0] in card
     assert f"{refused.scores['gate_candidate']:.2f}" in card

@@ -333,10 +333,10 @@ def test_intervals_hold_what_they_say_within_error():
 @pytest.mark.parametrize(
     ("width", "complaints"),
     [
-        (0.5, ["Overconfident: the 80%", "Overconfident: the 95%"]),
+        (0.5, ["Overconfident: the 80 %", "Overconfident: the 95 %"]),
         (0.9, []),
         (1.2, []),
-        (3.0, ["Too cautious: the 80%"]),
+        (3.0, ["Too cautious: the 80 %"]),
     ],
 )
 def test_intervals_out_of_bounds_refuse_however_good_the_score(width, complaints):

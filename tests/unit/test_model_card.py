@@ -68,13 +68,14 @@ def test_markdown_tells_the_verdict_and_every_figure_behind_it(contract, verdict
         each.opponent for each in verdict.pairings
     ]
     for row, each in zip(against, verdict.pairings, strict=True):
-        assert row[1:3] == [f"{each.crps:.2f}", f"{each.difference:+.2f}"]
-        assert row[5] == f"{each.upper:+.2%}"
+        figures = (f"{each.crps:.2f}", f"{each.relative:+.2%}", f"{each.upper:+.2%}")
+        assert tuple(row[1:4]) == figures
+        assert row[5].startswith(f"{each.difference:+.2f} (")
     (best,) = [row[0] for row in against if "best on validation" in row[0]]
     assert best.startswith(verdict.classical)
-    assert "upper 97.5 % bound" in card
+    assert "one-sided 97.5 % bound" in card
     assert [row[0] for row in rows(card, "By horizon")][:2] == ["candidate", "random walk"]
-    assert [row[0] for row in rows(card, "Do the intervals hold")] == ["80%", "95%"]
+    assert [row[0] for row in rows(card, "Do the intervals hold")] == ["80 %", "95 %"]
     assert len(rows(card, "In parts of the days")) == 6
     assert dict(rows(card, "Reserved days"))["Confidence of the bounds"] == "97.5 %"
 
@@ -99,7 +100,7 @@ def test_the_page_holds_plots_and_tables_and_fetches_nothing(contract, verdict, 
     assert page.fetched == []
     assert page.tables == 6
     assert len(re.findall(r"Plotly\.newPlot\(", html.split("</head>")[1])) == 4
-    for title in ("forecasts of 5 days", "added up day by day", "(PIT)", "calm to volatile"):
+    for title in ("forecasts of 5 days", "minus others, added up", "(PIT)", "calm to volatile"):
         assert title in html
 
 
@@ -123,7 +124,7 @@ def test_a_candidate_that_could_not_be_scored_has_a_card_without_plots(contract)
 def test_plots_show_the_figures(evidence, verdict):
     fan = model_card._fan_figure(evidence)
     names = [trace.name for trace in fan.data]
-    assert names == ["95% interval", "80% interval", "50% interval", "close"]
+    assert names == ["95 %", "80 %", "50 %", "close"]
     origins = sum(each is None for each in fan.data[0].x)
     assert origins == model_card.FANS
     gaps = model_card._difference_figure(evidence, verdict)

@@ -163,7 +163,7 @@ def test_overconfident_is_refused_though_its_score_passes(write):
     """Its tails are cut off at its own 80 % interval, which CRPS hardly notices."""
     verdict = verdict_of(write("candidate", cut=3))
     (reason,) = verdict.reasons
-    assert reason.startswith("Overconfident: the 95% interval held ")
+    assert reason.startswith("Overconfident: the 95 % interval held ")
     assert verdict.upper < 0
 
 
