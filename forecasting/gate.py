@@ -5,7 +5,9 @@ averaged over horizons and, where a forecaster has several symbols, over the sym
 bound is the one-sided upper bound of the candidate's relative difference of mean CRPS, with HAC
 variance, since forecasts overlap. A candidate has to hold all of this:
 
-- **Random walk**: the bound is at most `tolerance`.
+- **Random walk**: the bound is at most `tolerance`. Where evidence is too thin for that (the mean
+  is no higher, the bound is), a candidate that passes against production passes: what a refusal
+  would serve is production, not the random walk. A first model has no such way.
 - **Best classical baseline** (GARCH or HAR, whichever did better on the validation days, so that
   the gate's days do not choose): the bound is at most `classical_tolerance`. It is wider, since on
   120 overlapping days the bound lies about a percent above the mean: an equal candidate should
@@ -205,6 +207,7 @@ class GateVerdict:
     Attributes:
         promote: whether the candidate may go to production.
         reasons: why not; empty exactly if `promote`.
+        notes: what a reader of the figures should know besides.
         candidate_crps: None where it could not be computed, as with the figures below.
         production_crps: None also if nothing is in production.
         random_walk_crps: of the random walk on the same windows.
@@ -226,6 +229,7 @@ class GateVerdict:
 
     promote: bool
     reasons: tuple[str, ...]
+    notes: tuple[str, ...]
     candidate_crps: float | None
     production_crps: float | None
     random_walk_crps: float | None
@@ -257,7 +261,7 @@ class GateVerdict:
         )
         if self.production_crps is not None:
             text += f", production {self.production_crps:.1f}"
-        return text + "."
+        return " ".join([f"{text}.", *self.notes])
 
 
 def percent(share: float) -> str:
@@ -284,6 +288,7 @@ def judge(evidence: Evidence, rule: Rule) -> GateVerdict:
     return GateVerdict(
         promote=not found.problems,
         reasons=tuple(found.problems),
+        notes=tuple(found.notes),
         candidate_crps=_finite(means.get(CANDIDATE)),
         production_crps=_finite(means.get(PRODUCTION)),
         random_walk_crps=_finite(means.get(WALK)),
@@ -310,6 +315,7 @@ class _Findings:
     """What speaks against the candidate, and the figures behind it, as they are found."""
 
     problems: list[str]
+    notes: list[str] = field(default_factory=list)
     pairings: list[Pairing] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
     intervals: list[Interval] = field(default_factory=list)
@@ -389,8 +395,9 @@ def _compare(evidence: Evidence, scores: dict[str, Array], rule: Rule, found: _F
     except ValueError as error:
         found.problems.append(f"The candidate cannot be compared: {error}.")
         return
-    for pairing in found.pairings:
-        found.problems += _objection(pairing, evidence, float(by_window[CANDIDATE].mean()), rule)
+    objections = {each.opponent: _objection(each, evidence, rule) for each in found.pairings}
+    found.notes += _thin(found.pairings, objections)
+    found.problems += [each for each in objections.values() if each]
     found.problems += _implausible(found.pairings, scores)
     found.problems += _miscalibrated(found.intervals)
     found.problems += _worse_slices(found.slices)
@@ -441,25 +448,36 @@ def _pairing(
     )
 
 
-def _objection(pairing: Pairing, evidence: Evidence, mine: float, rule: Rule) -> list[str]:
-    """Why the opponent stands in the way of a promotion, if it does."""
+def _objection(pairing: Pairing, evidence: Evidence, rule: Rule) -> str:
+    """Why the opponent stands in the way of a promotion; empty if it does not."""
     name, limit, upper = pairing.opponent, pairing.limit, pairing.upper
-    if limit is None or upper < 0.0:
-        return []
     same_data = name == PRODUCTION and not evidence.fresher
-    if upper <= limit and not same_data:
-        return []
+    if limit is None or upper < 0.0 or (upper <= limit and not same_data):
+        return ""
     figures = (
         f"mean CRPS {pairing.crps + pairing.difference:.2f} bp against {pairing.crps:.2f} bp "
         f"({pairing.relative:+.2%}), upper {percent(rule.confidence)} bound {upper:+.2%}"
     )
     if same_data:
-        return [
+        return (
             f"Not shown to be better than the model in production: {figures}, below zero is "
             "needed of a candidate that has learned from no later days."
-        ]
+        )
     opponent = {PRODUCTION: "the model in production", WALK: "the random walk"}.get(name, name)
-    return [f"Not shown to be as good as {opponent}: {figures}, at most {limit:+.2%} allowed."]
+    return f"Not shown to be as good as {opponent}: {figures}, at most {limit:+.2%} allowed."
+
+
+def _thin(pairings: list[Pairing], objections: dict[str, str]) -> list[str]:
+    """Take the random walk's objection back where a refusal would help nobody, and say so."""
+    walk = next(each for each in pairings if each.opponent == WALK)
+    replaces = objections.get(PRODUCTION) == ""
+    if not (objections[WALK] and replaces and walk.relative <= 0.0):
+        return []
+    objections[WALK] = ""
+    return [
+        f"Evidence against the random walk is thin (bound {walk.upper:+.2%}, {walk.limit:+.2%} "
+        "asked for); it passes as no worse than production, which a refusal would serve."
+    ]
 
 
 def _implausible(pairings: list[Pairing], scores: dict[str, Array]) -> list[str]:

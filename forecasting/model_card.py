@@ -59,6 +59,8 @@ def to_markdown(contract: Contract, verdict: GateVerdict, scores: Mapping[str, f
         scores: of the candidate on the validation windows, CRPS in bp by name.
     """
     lines = [f"# {_title(contract)}", "", f"**{_cell(verdict.summary())}**", ""]
+    if not verdict.promote:
+        lines += [*verdict.notes, ""]
     for section in _sections(contract, verdict, scores):
         header = section.header or ("", "")
         lines += [f"## {section.title}", "", section.text, ""]
@@ -412,6 +414,7 @@ _PAGE = """<!doctype html>
 {% if verdict.promote %}{{ verdict.summary() }}
 {% else %}<b>Refused</b>
 <ul>{% for reason in verdict.reasons %}<li>{{ reason }}</li>{% endfor %}</ul>
+{% if verdict.notes %}<p>{{ verdict.notes | join(" ") }}</p>{% endif %}
 {% endif %}</div>
 {% if verdict.pairings %}<div class="cards">
  <div><b>{{ "%.1f bp" | format(verdict.candidate_crps) }}</b>CRPS</div>

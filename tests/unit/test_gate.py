@@ -214,6 +214,47 @@ def test_every_reason_is_given():
     assert len(verdict.reasons) == 3
 
 
+# --- thin evidence against the random walk -------------------------------------------------------
+
+SWINGS = np.where(np.arange(WINDOWS) % 40 < 20, 0.7, 1.25)[:, None]
+"""In the mean a little better than the walk, in stretches far better or far worse."""
+
+
+def test_thin_evidence_does_not_keep_out_what_is_no_worse_than_production():
+    scores = WALKED * SWINGS
+    first = decide(scores, classical=scores)
+    assert first.relative_to_random_walk < 0 < 0.01 < first.upper
+    assert [each.split(":")[0] for each in first.reasons] == [
+        "Not shown to be as good as the random walk"
+    ]
+    later = decide(scores, classical=scores, production=scores * 1.001)
+    assert later.promote
+    (note,) = later.notes
+    assert note.startswith("Evidence against the random walk is thin (bound +")
+    assert later.summary().endswith(note)
+
+
+def test_it_keeps_out_what_is_worse_than_production():
+    scores = WALKED * SWINGS
+    refused = decide(scores, classical=scores, production=scores * 0.98)
+    assert [each.split(":")[0] for each in refused.reasons] == [
+        "Not shown to be as good as the random walk",
+        "Not shown to be as good as the model in production",
+    ]
+    assert refused.notes == ()
+    equal = decide(scores, classical=scores, production=scores, fresher=False)
+    assert len(equal.reasons) == 2
+
+
+def test_a_mean_above_the_walks_is_not_thin_evidence():
+    scores = WALKED * (SWINGS + 0.035)
+    refused = decide(scores, classical=scores, production=scores * 1.1)
+    assert 0 < refused.relative_to_random_walk < 0.01
+    assert [each.split(":")[0] for each in refused.reasons] == [
+        "Not shown to be as good as the random walk"
+    ]
+
+
 # --- the figures ---------------------------------------------------------------------------------
 
 
