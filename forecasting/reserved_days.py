@@ -12,7 +12,6 @@ line `open`, which counts: the days may have been seen.
 
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,17 +92,6 @@ def close(engine: Engine, look: Look, verdict: str, reasons: str) -> None:
     same = _same(look.forecaster, look.model_sha256, look.first_day, look.last_day)
     with engine.begin() as connection:
         connection.execute(update(gate_looks).where(same).values(verdict=verdict, reasons=reasons))
-
-
-def history(engine: Engine, forecaster: str) -> list[dict[str, Any]]:
-    """Every look at candidates of a forecaster, newest first."""
-    query = (
-        select(gate_looks)
-        .where(gate_looks.c.forecaster == forecaster)
-        .order_by(gate_looks.c.created_at.desc())
-    )
-    with engine.connect() as connection:
-        return [dict(row) for row in connection.execute(query).mappings()]
 
 
 def _same(forecaster: str, model_sha256: str, first: date, last: date) -> ColumnElement[bool]:

@@ -12,11 +12,11 @@ from sqlalchemy import Engine
 from forecasting import datasets, reserved_days
 from forecasting.contract import GOLDEN_FILE, MODEL_FILE, read_contract, sha256_file
 from forecasting.gate import GateVerdict
-from forecasting.reserved_days import history
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.gate import Judged, gate_scores, judge
 from tests.models import write_model_folder
+from tests.tables import looks
 
 DAY = date(2007, 12, 31)
 LEARNED = date(2007, 6, 29)
@@ -73,7 +73,7 @@ def test_a_usable_model_passes_and_one_that_is_off_does_not(settings, engine, tm
 def test_each_verdict_is_a_line_of_the_ledger(settings, engine, tmp_path):
     good, off = model(tmp_path / "good"), model(tmp_path / "off", scale=1.1)
     passed, refused = verdict(settings, engine, good), verdict(settings, engine, off)
-    second, first = history(engine, NAME)
+    second, first = looks(engine)
     assert (first["verdict"], first["reasons"], first["uses"]) == ("passed", "", 0.0)
     assert (second["verdict"], second["uses"]) == ("refused", 1.0)
     assert second["reasons"] == " ".join(refused.reasons)
@@ -89,10 +89,10 @@ def test_a_candidate_judged_again_is_told_the_same_and_counts_once(settings, eng
     first = verdict(settings, engine, good)
     verdict(settings, engine, model(tmp_path / "another", scale=1.2))
     assert verdict(settings, engine, good) == first
-    assert len(history(engine, NAME)) == 3
+    assert len(looks(engine)) == 3
     strict = settings.model_copy(update={"gate_tolerance": 0.0, "gate_classical_tolerance": 0.0})
     assert not verdict(strict, engine, good).promote
-    lines = {line["model_sha256"]: line for line in history(engine, NAME)}
+    lines = {line["model_sha256"]: line for line in looks(engine)}
     assert lines[sha256_file(good / MODEL_FILE)]["verdict"] == "refused"
 
 
@@ -103,7 +103,7 @@ def test_what_was_killed_between_look_and_verdict_is_taken_up_again(settings, en
         left = {"model_sha256": sha256_file(good / MODEL_FILE), "run_id": "killed"}
         reserved_days.claim(fresh, forecaster=NAME, days=days, dataset_md5="d" * 32, **left)
         assert verdict(settings, fresh, good).promote
-        (line,) = history(fresh, NAME)
+        (line,) = looks(fresh)
     assert (line["verdict"], line["uses"], line["run_id"]) == ("passed", 0.0, "killed")
 
 
@@ -125,4 +125,4 @@ def test_a_candidate_that_cannot_be_loaded_uses_no_days(settings, engine, tmp_pa
     shutil.copy(good / MODEL_FILE, good / GOLDEN_FILE)
     refused = verdict(settings, engine, good)
     assert refused.reasons[0].startswith("The candidate cannot be loaded: ")
-    assert history(engine, NAME) == []
+    assert looks(engine) == []

@@ -12,9 +12,10 @@ import pytest
 from sqlalchemy import Engine
 
 from forecasting import reserved_days
-from forecasting.reserved_days import Look, history
+from forecasting.reserved_days import Look
 from forecasting.sessions import sessions_between
 from forecasting.store import engine_of
+from tests.tables import looks
 
 SESSIONS = np.array(sessions_between(date(2007, 1, 3), date(2008, 12, 31)), dtype="datetime64[D]")
 AT_ONCE = 6
@@ -30,7 +31,7 @@ def test_new_days_have_judged_nobody(engine):
     look = claim(engine, "a")
     assert look.uses == 0.0
     assert (look.first_day, look.last_day) == (date(2007, 1, 3), SESSIONS[99].astype(object))
-    (line,) = history(engine, "perennial-goog")
+    (line,) = looks(engine)
     assert (line["model_sha256"], line["days"], line["verdict"]) == ("a", 100, "open")
     assert (line["dataset_md5"], line["run_id"]) == ("d" * 32, "run")
 
@@ -58,7 +59,7 @@ def test_the_same_candidate_on_the_same_days_is_the_same_look(engine):
     again = claim(engine, "b", run_id="a later run")
     assert again == before
     assert again.uses == 1.0
-    assert len(history(engine, "perennial-goog")) == 3
+    assert len(looks(engine)) == 3
 
 
 def test_its_own_looks_at_other_days_do_not_count(engine):
@@ -76,7 +77,7 @@ def test_the_verdict_is_written_down_and_the_newest_stays(engine):
     claim(engine, "b")
     reserved_days.close(engine, look, "refused", "Too wide.")
     reserved_days.close(engine, claim(engine, "a"), "passed", "")
-    lines = {line["model_sha256"]: line for line in history(engine, "perennial-goog")}
+    lines = {line["model_sha256"]: line for line in looks(engine)}
     assert (lines["a"]["verdict"], lines["a"]["reasons"]) == ("passed", "")
     assert lines["b"]["verdict"] == "open"
 
@@ -111,11 +112,11 @@ def test_a_look_of_a_process_that_was_killed_counts_and_is_taken_up_again(tmp_pa
     command = [sys.executable, "-c", KILLED, url, "a"]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     with engine_of(url) as engine:
-        (line,) = history(engine, "perennial-goog")
+        (line,) = looks(engine)
         assert line["verdict"] == "open"
         assert claim(engine, "b", days=40).uses == 1.0
         assert subprocess.run(command, check=False).returncode == -signal.SIGKILL  # run again
-        assert len(history(engine, "perennial-goog")) == 2
+        assert len(looks(engine)) == 2
         span = np.arange(np.datetime64("2007-01-03"), np.datetime64("2007-04-01"))
         again = reserved_days.claim(
             engine,
@@ -127,4 +128,4 @@ def test_a_look_of_a_process_that_was_killed_counts_and_is_taken_up_again(tmp_pa
         )
         assert again.uses == 0.0
         reserved_days.close(engine, again, "passed", "")
-        assert {row["verdict"] for row in history(engine, "perennial-goog")} == {"passed", "open"}
+        assert {row["verdict"] for row in looks(engine)} == {"passed", "open"}
