@@ -118,8 +118,13 @@ class Evidence:
 
     @property
     def days(self) -> NDArray[np.datetime64]:
-        """The days that are used up by a verdict on this, ascending."""
+        """The days that the windows begin on, ascending."""
         return np.unique(self.origins)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the candidate answered everything: else the days have told nothing of it."""
+        return len(self.origins) > 0 and bool(np.isfinite(self.quantiles).all())
 
 
 @dataclass(frozen=True)

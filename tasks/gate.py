@@ -64,7 +64,7 @@ def judge(
     for problem in evidence.problems:
         get_run_logger().warning(problem)
     look = None
-    if len(evidence.days):  # written down before anybody knows the verdict
+    if evidence.answered:  # written down before anybody knows the verdict
         look = reserved_days.claim(
             engine,
             forecaster=contract.forecaster,

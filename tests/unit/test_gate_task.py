@@ -120,9 +120,11 @@ def test_a_model_that_does_not_answer_is_a_refusal_not_a_failure(
     assert "gate_upper" not in gate_scores(refused)
 
 
-def test_a_candidate_that_cannot_be_loaded_uses_no_days(settings, engine, tmp_path):
-    good = model(tmp_path / "good")
-    shutil.copy(good / MODEL_FILE, good / GOLDEN_FILE)
-    refused = verdict(settings, engine, good)
-    assert refused.reasons[0].startswith("The candidate cannot be loaded: ")
+@pytest.mark.parametrize("horizon", [4, 5], ids=["does not answer", "cannot be loaded"])
+def test_a_broken_candidate_uses_no_days(settings, engine, tmp_path, horizon):
+    broken = model(tmp_path / "broken", horizon=horizon)
+    if horizon == 5:
+        shutil.copy(broken / MODEL_FILE, broken / GOLDEN_FILE)
+    refused = verdict(settings, engine, broken)
+    assert refused.reasons[0].startswith("The candidate cannot be ")
     assert looks(engine) == []
