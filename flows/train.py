@@ -20,18 +20,16 @@ from forecasting.registry import PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.cache import cache_key, code_commit
+from tasks.gate import CARD, gate_scores, judge, show_verdict
 from tasks.ingest import ingest_prices
 from tasks.promote import promote_version
 from tasks.training import (
     Candidate,
     Found,
     fit,
-    gate_scores,
-    judge,
     prepare_windows,
     search,
     show_search,
-    show_verdict,
     with_peers_of,
     write_candidate,
 )
@@ -141,7 +139,7 @@ class _Training:
             contract = write_candidate(candidate, folder, self.facts())
             if held is not None and held.contract.files[MODEL_FILE] == contract.files[MODEL_FILE]:
                 return self.unchanged(held)
-            return self.decide(candidate, folder, held)
+            return self.decide(candidate, contract, folder, held)
 
     def production(self, folder: Path) -> "_Held | None":
         """The version in production, downloaded."""
@@ -176,21 +174,25 @@ class _Training:
         self.registry.set_tags(self.run_id, {"kind": candidate.kind})
         return candidate
 
-    def decide(self, candidate: Candidate, folder: Path, held: "_Held | None") -> TrainResult:
+    def decide(
+        self, candidate: Candidate, contract: Contract, folder: Path, held: "_Held | None"
+    ) -> TrainResult:
         """The gate and, if it agrees, the promotion."""
-        verdict = judge(
+        judged = judge(
             self.settings,
-            self.symbol,
+            self.engine,
+            contract,
             self.as_of,
             self.dataset.md5,
             folder,
             held.folder if held is not None else None,
         )
-        show_verdict(self.registry, self.run_id, candidate, verdict)
+        verdict = judged.verdict
+        card = show_verdict(self.registry, self.run_id, contract, candidate.scores, judged)
         scores = candidate.scores | gate_scores(verdict)
         if not verdict.promote:
             return self.result("refused", list(verdict.reasons), scores=scores)
-        version = self.registry.register(folder, self.forecaster, self.run_id, {})
+        version = self.registry.register(folder, self.forecaster, self.run_id, notes={CARD: card})
         try:
             promoted = promote_version(
                 self.settings,

@@ -4,10 +4,10 @@ import uuid
 from dataclasses import dataclass
 from datetime import date, timedelta
 
-from sqlalchemy import Connection, Engine, insert, select, text, update
+from sqlalchemy import Connection, Engine, insert, select, update
 
 from forecasting.sessions import count_sessions
-from forecasting.store import now, retrains
+from forecasting.store import exclude_writers, now, retrains
 
 COUNTED = ("running", "promoted", "refused", "unchanged")
 """States that start a cooldown; a failed or skipped retrain does not."""
@@ -48,7 +48,7 @@ def claim(
     """
     identity = str(uuid.uuid4())
     with engine.connect() as connection:
-        _exclude_writers(connection)
+        exclude_writers(connection, retrains)
         _close_lost(connection, symbol)
         reason = _cooling(connection, symbol, as_of, flow_run_id, cooldown_days)
         connection.execute(
@@ -73,13 +73,6 @@ def close(engine: Engine, identity: str, state: str, reason: str) -> None:
         connection.execute(
             update(retrains).where(retrains.c.id == identity).values(state=state, reason=reason)
         )
-
-
-def _exclude_writers(connection: Connection) -> None:
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-    else:
-        connection.execute(text("LOCK TABLE retrains IN SHARE ROW EXCLUSIVE MODE"))
 
 
 def _close_lost(connection: Connection, symbol: str) -> None:

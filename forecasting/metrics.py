@@ -51,8 +51,6 @@ def crps(y: ArrayLike, q: ArrayLike, levels: ArrayLike) -> Array:
 def coverage(y: ArrayLike, q: ArrayLike, levels: ArrayLike, mass: float) -> Array:
     """Share of outcomes inside the central interval of probability `mass`, per horizon.
 
-    Bounds between two levels are interpolated; an outcome on a bound counts as inside.
-
     Args:
         y: outcomes [n, h].
         q: quantiles [n, h, k], ascending levels.
@@ -63,6 +61,27 @@ def coverage(y: ArrayLike, q: ArrayLike, levels: ArrayLike, mass: float) -> Arra
         Shares [h].
 
     Raises:
+        ValueError: see `inside`.
+    """
+    share: Array = inside(y, q, levels, mass).mean(axis=0)
+    return share
+
+
+def inside(y: ArrayLike, q: ArrayLike, levels: ArrayLike, mass: float) -> NDArray[np.bool_]:
+    """Whether each outcome lies in the central interval of probability `mass`.
+
+    Bounds between two levels are interpolated; an outcome on a bound counts as inside.
+
+    Args:
+        y: outcomes [...].
+        q: quantiles [..., k], ascending levels.
+        levels: probabilities [k].
+        mass: probability of the interval, e.g. 0.8.
+
+    Returns:
+        [...].
+
+    Raises:
         ValueError: the levels do not reach as far out as the interval.
     """
     p = np.asarray(levels, dtype=np.float64)
@@ -71,9 +90,10 @@ def coverage(y: ArrayLike, q: ArrayLike, levels: ArrayLike, mass: float) -> Arra
     if not p[0] - slack <= low <= high <= p[-1] + slack:
         raise ValueError(f"levels {p[0]:g}..{p[-1]:g} hold no central interval of mass {mass:g}")
     outcome, quantiles = np.asarray(y, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    inside = (outcome >= _at(quantiles, p, low)) & (outcome <= _at(quantiles, p, high))
-    share: Array = inside.mean(axis=0)
-    return share
+    held: NDArray[np.bool_] = (outcome >= _at(quantiles, p, low)) & (
+        outcome <= _at(quantiles, p, high)
+    )
+    return held
 
 
 def _at(q: Array, levels: Array, level: float) -> Array:

@@ -292,10 +292,20 @@ class Registry:
         url = self.run_url(run_id)
         return f"[MLflow run {run_id}]({url})" if url else f"MLflow run {run_id}"
 
+    def artifact_link(self, run_id: str, name: str, text: str) -> str:
+        """An artifact of a run in Markdown, linked where it has an address."""
+        url = self.run_url(run_id)
+        return f"[{text}]({url}/artifacts/{name})" if url else f"{text}: {name} of run {run_id}"
+
     # versions -----------------------------------------------------------------------------------
 
     def register(
-        self, folder: Path, forecaster: str, run_id: str, tags: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        forecaster: str,
+        run_id: str,
+        tags: Mapping[str, str] | None = None,
+        notes: Mapping[str, str] | None = None,
     ) -> int:
         """Register a model folder as the next version of `forecaster`; its number.
 
@@ -306,6 +316,7 @@ class Registry:
         Args:
             folder: holds `contract.json` and every file that it names.
             tags: further tags, beside those taken from the contract.
+            notes: text files to lie beside the version's own, by name, such as its model card.
 
         Raises:
             ContractError: the folder is incomplete or altered, or made for another forecaster.
@@ -321,7 +332,7 @@ class Registry:
         if same is not None:
             return same
         with self._talk(f"register a version of {forecaster}"):
-            uploaded = self._upload(folder, contract, run_id)
+            uploaded = self._upload(folder, contract, run_id, notes or {})
             self._create_model(forecaster)
             made = self._client.create_model_version(
                 forecaster,
@@ -533,14 +544,18 @@ class Registry:
                 raise
         self._known.add(forecaster)
 
-    def _upload(self, folder: Path, contract: Contract, run_id: str) -> LoggedModel:
-        """Upload the folder's files and MLflow's own beside them."""
+    def _upload(
+        self, folder: Path, contract: Contract, run_id: str, notes: Mapping[str, str]
+    ) -> LoggedModel:
+        """Upload the folder's files, and MLflow's own and the notes beside them."""
         client = self._client
         model = client.create_logged_model(
             self._experiment, contract.forecaster, source_run_id=run_id, model_type="forecaster"
         )
         with tempfile.TemporaryDirectory() as scratch:
             beside = Path(scratch)
+            for name, text in notes.items():
+                (beside / name).write_text(text, encoding="utf-8")
             _write_mlmodel(beside, contract, run_id, model.model_id)
             for name in (CONTRACT_FILE, *contract.files):
                 target = beside / name

@@ -109,7 +109,11 @@ class Settings(BaseSettings):
     gate_tolerance: float = Field(
         0.01,
         ge=0,
-        description="Upper 95 % bound allowed for the relative CRPS difference to the random walk.",
+        description="Upper 95 % bound allowed for the relative CRPS difference to random walk and "
+        "production.",
+    )
+    gate_classical_tolerance: float = Field(
+        0.03, ge=0, description="The same to the best classical baseline (GARCH, HAR)."
     )
     # monitor ----------------------------------------------------------------------------------
     drift_window: int = Field(40, ge=20, description="Trading days of recent data per comparison.")

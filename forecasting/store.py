@@ -1,4 +1,4 @@
-"""The SQL engine and its tables: prediction log, promotions, retrains, drift checks, outbox.
+"""The SQL engine and its tables: prediction log, promotions, retrains, looks, checks, outbox.
 
 SQLite under `home` by default, PostgreSQL by `PERENNIAL_DATABASE_URL`. SQLite runs in WAL mode so
 that the drainer can write while a flow reads.
@@ -16,6 +16,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    Connection,
     Date,
     DateTime,
     Engine,
@@ -29,6 +30,7 @@ from sqlalchemy import (
     create_engine,
     event,
     make_url,
+    text,
 )
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
@@ -107,6 +109,22 @@ retrains = Table(
         comment="running|promoted|refused|unchanged|failed|skipped",
     ),
     Column("reason", Text, nullable=False, default=""),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+gate_looks = Table(
+    "gate_looks",
+    metadata,
+    Column("forecaster", String(64), primary_key=True),
+    Column("model_sha256", String(64), primary_key=True, comment="of the candidate's graph"),
+    Column("first_day", Date, primary_key=True, comment="first origin of the gate's windows"),
+    Column("last_day", Date, primary_key=True),
+    Column("days", Integer, nullable=False),
+    Column("uses", Float, nullable=False, comment="other candidates judged before, mean over days"),
+    Column("verdict", String(16), nullable=False, comment="open|passed|refused"),
+    Column("reasons", Text, nullable=False),
+    Column("dataset_md5", String(64), nullable=False),
+    Column("run_id", String(64), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
 
@@ -206,6 +224,14 @@ def _shown(url: URL) -> str:
 def _sqlite_pragmas(connection: Any, _record: object) -> None:  # noqa: ANN401  (DBAPI object)
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=NORMAL")
+
+
+def exclude_writers(connection: Connection, table: Table) -> None:
+    """Begin a transaction in which nobody else writes into `table`."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.execute(text(f"LOCK TABLE {table.name} IN SHARE ROW EXCLUSIVE MODE"))
 
 
 @contextmanager

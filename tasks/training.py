@@ -1,32 +1,25 @@
-"""Steps of training: windows, search, fit, gate. Results are cached on data, code and parameters.
+"""Steps of training: windows, search, fit. Results are cached on data, code and parameters.
 
 The search and the network are imported inside the tasks that need them: a run whose results are
 cached never pays for Ray, torch and Lightning.
 """
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
-from prefect.cache_policies import NO_CACHE
+from prefect import task
+from prefect.artifacts import create_table_artifact
 from prefect.context import TaskRunContext
 
-from forecasting import backtest, datasets
+from forecasting import datasets
 from forecasting.contract import QUANTILE_LEVELS, Contract, seal
-from forecasting.errors import ModelError
-from forecasting.gate import GateVerdict
-from forecasting.gate import judge as judge_scores
 from forecasting.hyperparameters import ModelConfig
-from forecasting.inference import Forecaster
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
-from forecasting.windows import Splits, Windows, make_windows, split, with_peers
+from forecasting.windows import Splits, make_windows, split, with_peers
 
 PAST_SEARCHES = 3
 """Past searches of a symbol whose best parameters a new one tries first."""
@@ -202,51 +195,6 @@ def write_candidate(candidate: Candidate, folder: Path, facts: dict[str, Any]) -
     )
 
 
-@task(name="gate", cache_policy=NO_CACHE, timeout_seconds=600)
-def judge(
-    settings: Settings, symbol: str, as_of: date, md5: str, candidate: Path, production: Path | None
-) -> GateVerdict:
-    """Score candidate, production and random walk on the same most recent days and decide."""
-    frame = datasets.load_frame(settings, symbol, as_of, md5)
-    challenger = Forecaster.load(candidate, version=0)
-    windows = make_windows(frame, challenger.contract.context, settings.horizon)
-    gate = split(windows, settings.validation_days, settings.gate_days).gate
-    held = None
-    if production is not None:
-        champion = Forecaster.load(production, version=0)
-        index = champion.contract.symbol_index(symbol)
-        theirs = make_windows(frame, champion.contract.context, settings.horizon, index)
-        held = _scores(champion, theirs.at(gate.origins), "model in production")
-    return judge_scores(
-        candidate=_scores(challenger, gate, "candidate"),
-        random_walk=backtest.score_random_walk(frame, gate),
-        production=held,
-        tolerance=settings.gate_tolerance,
-        min_windows=settings.gate_days,
-    )
-
-
-def _scores(forecaster: Forecaster, windows: Windows, name: str) -> NDArray[np.float64]:
-    """CRPS of each window; no numbers where it does not answer, which the gate refuses."""
-    try:
-        return backtest.score_onnx(forecaster, windows)
-    except ModelError as error:
-        get_run_logger().warning("The %s cannot be scored: %s", name, error)
-        return np.full(windows.returns.shape, np.nan)
-
-
-def gate_scores(verdict: GateVerdict) -> dict[str, float]:
-    """The gate's figures that could be computed, by metric name."""
-    named = {
-        "gate_candidate": verdict.candidate_crps,
-        "gate_production": verdict.production_crps,
-        "gate_random_walk": verdict.random_walk_crps,
-        "gate_relative": verdict.relative_to_random_walk,
-        "gate_upper95": verdict.upper95,
-    }
-    return {name: value for name, value in named.items() if value is not None}
-
-
 def show_search(registry: Registry, run_id: str, found: Found) -> None:
     """Leaderboard as MLflow and Prefect artifacts."""
     registry.log_dict(
@@ -256,29 +204,4 @@ def show_search(registry: Registry, run_id: str, found: Found) -> None:
         found.leaderboard,
         key="search-leaderboard",
         description="Trials by validation CRPS (bp of log return, lower is better)",
-    )
-
-
-def show_verdict(
-    registry: Registry, run_id: str, candidate: Candidate, verdict: GateVerdict
-) -> None:
-    """Verdict as MLflow metrics and as MLflow and Prefect artifacts."""
-    scores = gate_scores(verdict)
-    registry.log_metrics(run_id, [(key, value, 0) for key, value in scores.items()])
-    registry.log_dict(run_id, asdict(verdict), "gate-verdict.json")
-    lines = [
-        f"**{verdict.summary()}**",
-        "",
-        "| score | CRPS, bp |",
-        "|---|---|",
-        *(
-            f"| {key.replace('_', ' ')} | {value:.2f} |"
-            for key, value in (candidate.scores | scores).items()
-            if key not in ("gate_relative", "gate_upper95")
-        ),
-    ]
-    create_markdown_artifact(
-        "\n".join([*lines, "", registry.run_link(run_id)]),
-        key="gate-verdict",
-        description=verdict.summary(),
     )

@@ -73,6 +73,7 @@ def write_model_folder(
     run_id: str = "0" * 32,
     dataset_md5: str = "d" * 32,
     as_of: date = date(2007, 12, 31),
+    train_end: date | None = None,
     kind: Literal["lstm", "volatility"] = "lstm",
 ) -> Contract:
     """Write `model.onnx`, `golden.json` and `contract.json`; quantiles = last close * `ratios`."""
@@ -96,7 +97,7 @@ def write_model_folder(
         horizon=horizon,
         as_of=as_of,
         train_start=date(2004, 8, 19),
-        train_end=as_of,
+        train_end=train_end or as_of,
         dataset_md5=dataset_md5,
         dataset_rev="e" * 40,
         run_id=run_id,

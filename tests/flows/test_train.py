@@ -19,7 +19,7 @@ from forecasting.contract import Contract, read_contract, verify_files
 from forecasting.errors import HistoryError, ServiceError
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings
-from forecasting.store import open_engine
+from forecasting.store import gate_looks, open_engine
 from tasks.cache import code_commit
 from tests.flows.support import (
     all_runs,
@@ -29,13 +29,16 @@ from tests.flows.support import (
     flow_artifacts,
     flow_log,
     kept,
+    rows_of,
     task_states,
 )
 from tests.models import write_model_folder
 
 NAME = "perennial-goog"
 DAY = date(2007, 12, 31)
-STRICT, LAX = {"gate_tolerance": 0}, {"gate_tolerance": 0.1}
+STRICT, LAX = (
+    {"gate_tolerance": tolerance, "gate_classical_tolerance": 0.1} for tolerance in (0, 0.1)
+)
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -97,7 +100,7 @@ def test_a_refusal_is_a_completed_run_with_reasons_and_nothing_registered(refuse
     (reason,) = refused.reasons
     assert "Not shown to be as good as the random walk" in reason
     assert "at most +0.00% allowed" in reason
-    assert refused.scores["gate_upper95"] > 0
+    assert refused.scores["gate_upper"] > 0
     run = client_of(settings).get_run(refused.run_id)
     assert run.info.status == "FINISHED"
     assert (run.data.tags["outcome"], run.data.tags["reasons"]) == ("refused", reason)
@@ -141,8 +144,14 @@ def test_a_training_shows_data_leaderboard_and_verdict_in_prefect(refused, setti
     (data,) = json.loads(shown["data-summary"])
     assert (data["symbol"], data["last day"]) == ("GOOG", "2007-12-31")
     assert len(json.loads(shown["search-leaderboard"])) == 2
-    assert refused.reasons[0] in shown["gate-verdict"]
-    assert f"{refused.scores['gate_candidate']:.2f}" in shown["gate-verdict"]
+    card = kept(settings, refused.run_id, "model-card.md")
+    assert shown["gate-verdict"].endswith(card)
+    assert "This card with plots: model-card.html of run" in shown["gate-verdict"]
+    assert refused.reasons[0] in card
+    assert f"{refused.scores['gate_candidate']:.2f}" in card
+    for title in ("What it is", "Against others", "Do the intervals hold", "Reserved days"):
+        assert f"## {title}" in card
+    assert f"<li>{refused.reasons[0]}</li>" in kept(settings, refused.run_id, "model-card.html")
 
 
 # --- promoted --------------------------------------------------------------------------------
@@ -173,6 +182,21 @@ def test_the_contract_says_where_the_version_came_from(promoted, settings, regis
     held_out = frame.loc[str(contract.train_end + timedelta(days=1)) :]
     # the gate's windows, a horizon before them, and the horizon of the last of them
     assert len(held_out) == settings.gate_days + 2 * settings.horizon
+
+
+def test_the_model_card_lies_beside_the_version(promoted, settings, registry, tmp_path):
+    registry.download(NAME, 1, tmp_path)
+    card = (tmp_path / "model-card.md").read_text()
+    assert card == kept(settings, promoted.run_id, "model-card.md")
+    assert promoted.reasons[0] in card
+
+
+def test_a_candidate_that_was_judged_twice_used_the_days_once(refused, promoted, settings):
+    judged = json.loads(kept(settings, promoted.run_id, "gate-verdict.json"))
+    line = rows_of(settings, gate_looks, "created_at")[0]
+    assert (line["forecaster"], line["run_id"], line["uses"]) == (NAME, refused.run_id, 0.0)
+    assert (line["verdict"], line["dataset_md5"]) == ("passed", promoted.dataset_md5)
+    assert (str(line["first_day"]), line["days"]) == (judged["first_day"], 120)
 
 
 def test_another_tolerance_judges_anew_what_was_found_before(refused, promoted, settings):
@@ -214,6 +238,8 @@ def test_another_length_of_the_fit_searches_nothing_but_fits(settings, home, reg
     names = ("windows", "search", "fit")
     assert [states[name] for name in names] == ["Cached", "Cached", "Completed"]
     assert registry.alias(NAME, PRODUCTION) == 1
+    if result.outcome == "refused":  # another network: a second look at the same days
+        assert rows_of(settings, gate_looks, "created_at")[-1]["uses"] == 1.0
 
 
 @pytest.fixture

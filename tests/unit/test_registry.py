@@ -137,6 +137,27 @@ def test_only_a_server_has_run_addresses(registry: Registry) -> None:
     assert url.endswith(f"/runs/{run_id}") if registry.uri.startswith("http") else url == ""
 
 
+def test_an_artifact_is_linked_where_it_has_an_address(registry: Registry) -> None:
+    run_id = registry.start_run("a run", {})
+    link = registry.artifact_link(run_id, "card.html", "The card")
+    if registry.uri.startswith("http"):
+        assert link == f"[The card]({registry.run_url(run_id)}/artifacts/card.html)"
+    else:
+        assert link == f"The card: card.html of run {run_id}"
+
+
+def test_notes_lie_beside_the_files_of_a_version(
+    registry: Registry, forecaster: str, tmp_path: Path
+) -> None:
+    run_id = registry.start_run("a run", {})
+    contract = write_model_folder(tmp_path / "model", forecaster=forecaster, run_id=run_id)
+    notes = {"card.md": "# How it was judged: 80 % held"}
+    version = registry.register(tmp_path / "model", forecaster, run_id, notes=notes)
+    got = registry.download(forecaster, version, tmp_path / "download")
+    assert (got / "card.md").read_text() == notes["card.md"]
+    verify_files(got, contract)
+
+
 def test_register_find_download(registry: Registry, forecaster: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     assert put(registry, folder, forecaster) == 1

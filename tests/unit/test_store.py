@@ -9,7 +9,15 @@ from forecasting.store import engine_of, metadata, open_engine
 from tests.postgres import ADDRESS, postgres_schema
 from tests.services import free_port
 
-TABLES = {"answer_counts", "predictions", "promotions", "retrains", "checks", "outbox"}
+TABLES = {
+    "answer_counts",
+    "checks",
+    "gate_looks",
+    "outbox",
+    "predictions",
+    "promotions",
+    "retrains",
+}
 SECRET = "s3cret-word"
 
 
