@@ -5,7 +5,7 @@ cached never pays for Ray, torch and Lightning.
 """
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
