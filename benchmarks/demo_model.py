@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from deployments.demo import SETTINGS, SYMBOL, TRAINED
-from flows.train import forecaster_name, train
+from flows.train import train
+from forecasting.assignment import forecaster_name
 from forecasting.registry import open_registry
 from forecasting.settings import load_settings
 
@@ -21,7 +22,7 @@ def main() -> int:
         print(f"{result.outcome}: {' '.join(result.reasons)}", file=sys.stderr)
         return 1
     registry = open_registry(load_settings())
-    registry.download(forecaster_name(SYMBOL), result.version, Path(sys.argv[1]))
+    registry.download(forecaster_name([SYMBOL]), result.version, Path(sys.argv[1]))
     return 0
 
 

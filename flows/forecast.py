@@ -41,6 +41,7 @@ def forecast(
     symbols: list[str] = ["GOOG"],  # noqa: B006  (Prefect shows it as the default; never changed)
     as_of: date | None = None,
     output: str = "",
+    forecaster: str = "",
 ) -> ForecastResult:
     """Forecast symbols from what is known on `as_of` with the versions in production.
 
@@ -53,11 +54,14 @@ def forecast(
         as_of: the day it pretends to be; today if absent.
         output: path or fsspec URL of the Parquet file; `forecasts/<as_of>.parquet` in the home if
             empty.
+        forecaster: ask this one for all symbols, also for those that it was not trained for, such
+            as a new symbol with as much history as its context; empty: whoever serves a symbol.
 
     Raises:
         DataError: none of the symbols can be forecast.
         DatasetError: there is no dataset yet.
-        ConfigError: `output` is no file that could be written.
+        ConfigError: `output` is no file that could be written, or `forecaster` has no version in
+            production.
     """
     settings = load_settings()
     day = today_or(as_of)
@@ -66,7 +70,7 @@ def forecast(
     prices = datasets.find(settings)  # one version for all symbols, whatever is ingested meanwhile
     registry = open_registry(settings)
     wanted = list(dict.fromkeys(symbols))
-    assigned = find_versions(registry, wanted)
+    assigned = find_versions(registry, wanted, forecaster)
     served = {symbol for _, names in assigned for symbol in names}
     nobody = f"No version in production at {registry.shown} is for it; train it (train/train)."
     refused = {symbol: nobody for symbol in wanted if symbol not in served}

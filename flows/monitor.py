@@ -8,8 +8,8 @@ from prefect.runtime import flow_run
 from pydantic import BaseModel
 
 from flows.ingest import today_or
-from flows.train import forecaster_name
 from forecasting import datasets
+from forecasting.assignment import who_serves
 from forecasting.errors import HistoryError
 from forecasting.registry import open_registry
 from forecasting.settings import load_settings
@@ -54,7 +54,7 @@ def monitor(
     a day and version, which an automation answers with the deployment `retrain`.
 
     Args:
-        symbol: whose prices and forecaster.
+        symbol: whose prices, and whose forecaster: its own or one that serves it with others.
         as_of: the day it pretends to be; today if absent.
         since: checks after this day are made up for; the last recorded check if absent.
 
@@ -65,7 +65,8 @@ def monitor(
     settings = load_settings()
     day = today_or(as_of)
     registry = open_registry(settings)
-    version, contract = production_contract(registry, forecaster_name(symbol))
+    forecaster, _ = who_serves(registry, symbol)
+    version, contract = production_contract(registry, forecaster)
     if contract.as_of > day:
         raise HistoryError(
             f"Version {version} in production was trained as of {contract.as_of} and knows what "

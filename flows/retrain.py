@@ -1,4 +1,4 @@
-"""Retrain one symbol after drift; started by the automation in `deployments.automations`."""
+"""Retrain a symbol's forecaster after drift; `deployments.automations` starts it."""
 
 from datetime import date
 
@@ -6,8 +6,10 @@ from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
 from flows.ingest import today_or
-from flows.train import TrainResult, forecaster_name, run_training
+from flows.train import TrainResult, run_training
 from forecasting import ledger
+from forecasting.assignment import who_serves
+from forecasting.registry import open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
 
@@ -16,7 +18,9 @@ from forecasting.store import engine_of
 def retrain(
     symbol: str = "GOOG", as_of: date | None = None, trigger: str = "manual"
 ) -> TrainResult:
-    """Train again on what is known on `as_of`, unless the symbol was retrained just now.
+    """Train again on what is known on `as_of`, unless the forecaster was retrained just now.
+
+    One that serves several symbols is trained for all of them again, and one cooldown is for all.
 
     Args:
         symbol: whose forecaster.
@@ -28,10 +32,11 @@ def retrain(
     """
     settings = load_settings()
     day = today_or(as_of)
+    forecaster, symbols = who_serves(open_registry(settings), symbol)
     with engine_of(settings.sql_url) as engine:
         entry = ledger.claim(
             engine,
-            symbol=symbol,
+            symbol=symbol if len(symbols) == 1 else forecaster,
             as_of=day,
             trigger=trigger,
             flow_run_id=str(flow_run.id or "local"),
@@ -42,12 +47,13 @@ def retrain(
             return TrainResult(
                 outcome="skipped",
                 symbol=symbol,
+                symbols=list(symbols),
                 as_of=day,
-                forecaster=forecaster_name(symbol),
+                forecaster=forecaster,
                 reasons=[entry.reason],
             )
         try:
-            result = run_training(settings, symbol, day, trigger=f"retrain: {trigger}")
+            result = run_training(settings, symbols, day, trigger=f"retrain: {trigger}")
         except BaseException as error:
             ledger.close(engine, entry.id, "failed", repr(error))
             raise

@@ -1,6 +1,10 @@
-"""Train one symbol: prices to dataset version to search to fit to gate to alias `production`."""
+"""Train a forecaster: prices to dataset version to search to fit to gate to alias `production`.
+
+Of one symbol, or of several that one version serves.
+"""
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -13,6 +17,7 @@ from sqlalchemy import Engine
 
 from flows.ingest import today_or
 from forecasting import promotion
+from forecasting.assignment import forecaster_name
 from forecasting.contract import MODEL_FILE, Contract, read_contract
 from forecasting.datasets import DatasetVersion
 from forecasting.errors import OvertakenError
@@ -40,12 +45,14 @@ Outcome = Literal["promoted", "refused", "unchanged", "skipped"]
 class TrainResult(BaseModel):
     """What one training came to.
 
-    `version` is the version that serves afterwards for `promoted` and `unchanged`, else None;
-    `scores` are CRPS in bp of log return (lower is better) and relative differences.
+    `symbol` is the one that was asked for, `symbols` are all that the forecaster serves; `version`
+    is the version that serves afterwards for `promoted` and `unchanged`, else None; `scores` are
+    CRPS in bp of log return (lower is better) and relative differences.
     """
 
     outcome: Outcome
     symbol: str
+    symbols: list[str]
     as_of: date
     forecaster: str
     version: int | None = None
@@ -56,41 +63,43 @@ class TrainResult(BaseModel):
 
 
 @flow(name="train")
-def train(symbol: str = "GOOG", as_of: date | None = None) -> TrainResult:
+def train(
+    symbol: str = "GOOG", as_of: date | None = None, symbols: list[str] | None = None
+) -> TrainResult:
     """Train a forecaster on what is known on `as_of`; promote it if the gate agrees.
 
     Args:
         symbol: ticker of the source.
         as_of: the day it pretends to be; today if absent.
+        symbols: several tickers instead, for which one global forecaster is trained and judged.
 
     Returns:
         The promoted version, or a refusal with reasons. A refusal is a completed run.
     """
-    return run_training(load_settings(), symbol, today_or(as_of), trigger="train")
+    return run_training(load_settings(), symbols or [symbol], today_or(as_of), trigger="train")
 
 
-def forecaster_name(symbol: str) -> str:
-    """Registered model of a symbol."""
-    return f"perennial-{symbol.lower()}"
-
-
-def run_training(settings: Settings, symbol: str, as_of: date, trigger: str) -> TrainResult:
+def run_training(
+    settings: Settings, symbols: Sequence[str], as_of: date, trigger: str
+) -> TrainResult:
     """The order of one training, shared by `train` and `retrain`; call it inside a flow."""
+    symbols = tuple(dict.fromkeys(symbols))
+    forecaster, named = forecaster_name(symbols), ",".join(symbols)
     registry = open_registry(settings)
     with engine_of(settings.sql_url) as engine:
-        for line in promotion.reconcile(settings, registry, engine, forecaster_name(symbol)):
+        for line in promotion.reconcile(settings, registry, engine, forecaster):
             get_run_logger().warning("An interrupted promotion was settled: %s", line)
-        dataset = ingest_prices(settings, with_peers_of(settings, symbol), as_of)
+        dataset = ingest_prices(settings, with_peers_of(settings, symbols), as_of)
         tags = {
-            "symbol": symbol,
+            "symbol": named,
             "as_of": as_of.isoformat(),
             "dataset_md5": dataset.md5,
             "flow_run_id": str(flow_run.id or ""),
             "trigger": trigger,
         }
-        run_id = registry.start_run(f"{symbol} {as_of}", tags)
+        run_id = registry.start_run(f"{forecaster.removeprefix('perennial-')} {as_of}", tags)
         try:
-            training = _Training(settings, registry, engine, symbol, as_of, dataset, run_id)
+            training = _Training(settings, registry, engine, symbols, as_of, dataset, run_id)
             result = training.run()
         except BaseException:
             registry.finish(run_id, "FAILED")
@@ -119,14 +128,14 @@ class _Training:
     settings: Settings
     registry: Registry
     engine: Engine
-    symbol: str
+    symbols: tuple[str, ...]
     as_of: date
     dataset: DatasetVersion
     run_id: str
 
     @property
     def forecaster(self) -> str:
-        return forecaster_name(self.symbol)
+        return forecaster_name(self.symbols)
 
     def run(self) -> TrainResult:
         self.settings.work_dir.mkdir(parents=True, exist_ok=True)
@@ -153,15 +162,16 @@ class _Training:
         """Windows, search and fit, each re-used when data, code and parameters are the same."""
         md5, settings = self.dataset.md5, self.settings
         cut = self.picked("context", "horizon", "validation_days", "gate_days")
-        cut |= {"symbol": self.symbol, "peers": settings.peers, "as_of": self.as_of}
+        cut |= {"symbols": self.symbols, "peers": settings.peers, "as_of": self.as_of}
         tuning = cut | self.picked(
             *("seed", "trials", "epochs", "concurrency", "folds", "grace_epochs"),
             *("search_seconds", "search_patience"),
         )
         key = cache_key("windows", md5, cut)
-        splits = _step(prepare_windows, settings, self.symbol, self.as_of, md5, key=key)
+        splits = _step(prepare_windows, settings, self.symbols, self.as_of, md5, key=key)
         key = cache_key("search", md5, tuning)
-        tags = {"symbol": self.symbol, "as_of": self.as_of.isoformat(), "dataset_md5": md5}
+        tags = {"as_of": self.as_of.isoformat(), "dataset_md5": md5}
+        tags["symbol"] = ",".join(self.symbols)
         found: Found = _step(search, settings, splits, self.run_id, tags, key=key)
         show_search(self.registry, self.run_id, found)
         fitting = tuning | self.picked("fit_epochs") | {"config": asdict(found.config)}
@@ -226,7 +236,7 @@ class _Training:
         """What the contract says about where the model came from."""
         return {
             "forecaster": self.forecaster,
-            "symbols": (self.symbol,),
+            "symbols": self.symbols,
             "context": self.settings.context,
             "horizon": self.settings.horizon,
             "as_of": self.as_of,
@@ -250,7 +260,8 @@ class _Training:
         """A result of this training."""
         return TrainResult(
             outcome=outcome,
-            symbol=self.symbol,
+            symbol=self.symbols[0],
+            symbols=list(self.symbols),
             as_of=self.as_of,
             forecaster=self.forecaster,
             version=version,

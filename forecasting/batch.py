@@ -6,7 +6,7 @@ has another last digit. A window takes a fifth of a millisecond, reading its pri
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
@@ -21,6 +21,7 @@ import pyarrow as arrow
 import pyarrow.parquet as parquet
 from numpy.typing import NDArray
 
+from forecasting.assignment import Held
 from forecasting.contract import CONTRACT_FILE, Contract, Snapshot, sha256_file
 from forecasting.errors import (
     BadPricesError,
@@ -34,7 +35,7 @@ from forecasting.errors import (
 from forecasting.inference import Forecaster
 from forecasting.predictions import Window, computed_line, json_numbers
 from forecasting.quantiles import medians
-from forecasting.registry import CONTRACT_TAG, PRODUCTION, SIGNATURE_TAG, Registry
+from forecasting.registry import Registry
 from forecasting.sessions import sessions_after
 from forecasting.signing import verify
 
@@ -61,17 +62,6 @@ SCHEMA = arrow.schema(
 )
 """One row a symbol and horizon; the names are those of the server's answers."""
 _EPOCH_ORDINAL = date(1970, 1, 1).toordinal()
-
-
-@dataclass(frozen=True)
-class Held:
-    """A version that holds `production`, as the registry describes it."""
-
-    forecaster: str
-    version: int
-    symbols: tuple[str, ...]
-    contract_sha256: str
-    signature: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,50 +115,6 @@ class Batch:
                 }
 
 
-# --- who answers -----------------------------------------------------------------------------
-
-
-def in_production(registry: Registry) -> list[Held]:
-    """Every version that holds `production`. One call, and one more a forecaster.
-
-    Raises:
-        RegistryError: the registry is away.
-    """
-    found = []
-    for forecaster, aliases in registry.served_versions().items():
-        if PRODUCTION in aliases:
-            version = aliases[PRODUCTION]
-            tags = registry.version(forecaster, version).tags
-            symbols = tuple(filter(None, tags.get("symbols", "").split(",")))
-            found.append(
-                Held(
-                    forecaster,
-                    version,
-                    symbols,
-                    tags.get(CONTRACT_TAG, ""),
-                    tags.get(SIGNATURE_TAG, ""),
-                )
-            )
-    return found
-
-
-def assign(symbols: Sequence[str], held: Sequence[Held]) -> list[tuple[Held, list[str]]]:
-    """The version that answers for each symbol, by the server's rule.
-
-    Of two it is that with fewer symbols, then the first by name.
-
-    Returns:
-        Each version that is needed with its symbols; symbols that none serves are left out.
-    """
-    worst_first = sorted(held, key=lambda each: (len(each.symbols), each.forecaster), reverse=True)
-    by_symbol = {symbol: each.forecaster for each in worst_first for symbol in each.symbols}
-    chosen: dict[str, list[str]] = {}
-    for symbol in symbols:
-        if symbol in by_symbol:
-            chosen.setdefault(by_symbol[symbol], []).append(symbol)
-    return [(each, chosen[each.forecaster]) for each in held if each.forecaster in chosen]
-
-
 def load(registry: Registry, held: Held, folder: Path, trusted_key: Path | None) -> Forecaster:
     """Download a version into an empty folder and load it, with the checks of the server.
 
@@ -207,7 +153,7 @@ def forecast(
 
     Args:
         forecaster: the version.
-        symbols: whose prices.
+        symbols: whose prices; a symbol that the version was not trained for is forecast as well.
         as_of: the day it pretends to be; the day of the snapshots.
         snapshot_of: latest rows of a symbol, see `datasets.snapshots`.
 
@@ -221,7 +167,8 @@ def forecast(
             _require_past(forecaster, as_of)
             snapshot = snapshot_of(symbol)
             ohlcv, days = _inputs(snapshot, contract)
-            index = np.array([contract.symbol_index(symbol)], dtype=np.int64)
+            known = symbol in contract.symbols  # the network looks at rows, and not whose they are
+            index = np.array([contract.symbol_index(symbol) if known else 0], dtype=np.int64)
             quantiles.append(forecaster.predict(ohlcv, days, index))
         except (DataError, ModelError) as error:
             refused[symbol] = str(error)

@@ -98,7 +98,7 @@ retrains = Table(
     "retrains",
     metadata,
     Column("id", String(36), primary_key=True),
-    Column("symbol", String(32), nullable=False, index=True),
+    Column("symbol", String(64), nullable=False, index=True),  # or the forecaster of several
     Column("as_of", Date, nullable=False),
     Column("trigger", Text, nullable=False),
     Column("flow_run_id", String(36), nullable=False),

@@ -13,9 +13,10 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
 
 from forecasting import batch, datasets, outcomes
-from forecasting.batch import Batch, Held
+from forecasting.assignment import Held, assign, in_production
+from forecasting.batch import Batch
 from forecasting.datasets import DatasetVersion
-from forecasting.errors import ModelError, RegistryError, ServiceError
+from forecasting.errors import ConfigError, ModelError, RegistryError, ServiceError
 from forecasting.predictions import Spool
 from forecasting.registry import Registry
 from forecasting.settings import Settings
@@ -41,9 +42,27 @@ _PATIENCE: dict[str, Any] = {
 
 
 @task(name="find-versions", timeout_seconds=900, **_PATIENCE)
-def find_versions(registry: Registry, symbols: Sequence[str]) -> list[tuple[Held, list[str]]]:
-    """Versions in production that answer for the symbols, each with its own."""
-    return batch.assign(symbols, batch.in_production(registry))
+def find_versions(
+    registry: Registry, symbols: Sequence[str], forecaster: str = ""
+) -> list[tuple[Held, list[str]]]:
+    """Versions in production that answer for the symbols, each with its own.
+
+    Args:
+        forecaster: the one to be asked about all of them, whether or not it is for them.
+
+    Raises:
+        ConfigError: that one has nothing in production.
+    """
+    held = in_production(registry)
+    if not forecaster:
+        return assign(symbols, held)
+    named = [(each, list(symbols)) for each in held if each.forecaster == forecaster]
+    if not named:
+        there = ", ".join(each.forecaster for each in held) or "none at all"
+        raise ConfigError(
+            f"No version of {forecaster!r} is in production at {registry.shown}; there is {there}."
+        )
+    return named
 
 
 @task(name="forecast-symbols", timeout_seconds=3600, **_PATIENCE)

@@ -5,6 +5,7 @@ cached never pays for Ray, torch and Lightning.
 """
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -19,7 +20,7 @@ from forecasting.contract import QUANTILE_LEVELS, Contract, seal
 from forecasting.hyperparameters import ModelConfig
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
-from forecasting.windows import Splits, make_windows, split, with_peers
+from forecasting.windows import Splits, join, make_windows, split, with_peers
 
 PAST_SEARCHES = 3
 """Past searches of a symbol whose best parameters a new one tries first."""
@@ -54,24 +55,27 @@ def _key(_context: TaskRunContext, parameters: dict[str, Any]) -> str:
 
 
 @task(name="windows", cache_key_fn=_key, persist_result=True, timeout_seconds=300)
-def prepare_windows(settings: Settings, symbol: str, as_of: date, md5: str, key: str) -> Splits:
+def prepare_windows(
+    settings: Settings, symbols: Sequence[str], as_of: date, md5: str, key: str
+) -> Splits:
     """Cut the dataset version into training, validation and gate windows.
 
     Those of `settings.peers` are learned from as well.
     """
-    own, *peers = (
+    every = [
         make_windows(
-            datasets.load_frame(settings, each, as_of, md5), settings.context, settings.horizon
+            datasets.load_frame(settings, each, as_of, md5), settings.context, settings.horizon, i
         )
-        for each in with_peers_of(settings, symbol)
-    )
+        for i, each in enumerate(with_peers_of(settings, symbols))
+    ]
+    own = join(every[: len(symbols)])
     splits = split(own, settings.validation_days, settings.gate_days)
-    return with_peers(splits, peers)
+    return with_peers(splits, every[len(symbols) :])
 
 
-def with_peers_of(settings: Settings, symbol: str) -> list[str]:
-    """A symbol, and those that its training learns from as well."""
-    return list(dict.fromkeys((symbol, *settings.peers)))
+def with_peers_of(settings: Settings, symbols: Sequence[str]) -> list[str]:
+    """Symbols, and after them those that their training learns from as well."""
+    return list(dict.fromkeys((*symbols, *settings.peers)))
 
 
 @task(name="search", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)

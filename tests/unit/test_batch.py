@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fsspec.implementations.memory import MemoryFileSystem
 
 from forecasting import batch, datasets, model
-from forecasting.batch import SCHEMA, Batch, Held
+from forecasting.assignment import Held, assign, in_production
+from forecasting.batch import SCHEMA, Batch
 from forecasting.contract import CONTRACT_FILE, Snapshot, decode, seal, sha256_file
 from forecasting.errors import (
     ConfigError,
@@ -69,7 +70,7 @@ def test_symbols_are_assigned_as_the_server_does(tiny):
         facts = {"forecaster": each.forecaster, "symbols": each.symbols}
         contract = msgspec.structs.replace(tiny.contract, **facts)
         champions[each.forecaster] = Served(contract, 1, Path(), datetime.now(UTC))
-    assigned = batch.assign(["D", "B", "NOPE", "A", "C"], held)
+    assigned = assign(["D", "B", "NOPE", "A", "C"], held)
     ours = {symbol: each.forecaster for each, symbols in assigned for symbol in symbols}
     theirs = {name: served.contract.forecaster for name, served in _by_symbol(champions).items()}
     assert ours == {"A": "c-pair", "B": "a-pair", "C": "z-one", "D": "b-market"}
@@ -78,8 +79,8 @@ def test_symbols_are_assigned_as_the_server_does(tiny):
 
 def test_symbols_of_one_version_are_together_in_the_order_asked():
     everything = Held("all", 1, ("A", "B", "C"), "", "")
-    assert batch.assign(["C", "A", "B"], [everything]) == [(everything, ["C", "A", "B"])]
-    assert batch.assign(["D"], [everything]) == []
+    assert assign(["C", "A", "B"], [everything]) == [(everything, ["C", "A", "B"])]
+    assert assign(["D"], [everything]) == []
 
 
 @pytest.fixture
@@ -97,15 +98,15 @@ def registry(settings) -> Registry:
 
 def test_what_is_in_production_is_described_by_the_registry(registry, settings):
     digest = sha256_file(settings.home / NAME / CONTRACT_FILE)
-    assert batch.in_production(registry) == [Held(NAME, 1, ("GOOG", "IBM"), digest, "")]
+    assert in_production(registry) == [Held(NAME, 1, ("GOOG", "IBM"), digest, "")]
 
 
 def test_a_version_is_loaded_if_it_is_the_one_that_was_registered(registry, tmp_path):
-    (held,) = batch.in_production(registry)
+    (held,) = in_production(registry)
     loaded = batch.load(registry, held, tmp_path / "good", None)
     assert (loaded.contract.forecaster, loaded.version) == (NAME, 1)
     registry.tag_version(NAME, 1, {CONTRACT_TAG: "0" * 64})
-    (held,) = batch.in_production(registry)
+    (held,) = in_production(registry)
     with pytest.raises(
         ContractError, match=f"registered with a contract.json of sha256 {'0' * 64}"
     ):
@@ -122,19 +123,19 @@ def test_where_a_key_is_trusted_an_unsigned_version_is_refused(registry, tmp_pat
     public.write_bytes(
         key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
     )
-    (held,) = batch.in_production(registry)
+    (held,) = in_production(registry)
     with pytest.raises(ContractError, match="should carry a signature"):
         batch.load(registry, held, tmp_path / "unsigned", public)
     signature = sign(private, NAME, 1, held.contract_sha256)
     registry.tag_version(NAME, 1, {SIGNATURE_TAG: signature})
-    (held,) = batch.in_production(registry)
+    (held,) = in_production(registry)
     assert batch.load(registry, held, tmp_path / "signed", public).version == 1
 
 
 def test_a_registry_that_is_away_is_told(tmp_path):
     away = Registry(f"sqlite:///{tmp_path}")
     with pytest.raises(RegistryError, match="could not read the versions"):
-        batch.in_production(away)
+        in_production(away)
 
 
 # --- forecasts -------------------------------------------------------------------------------
