@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
@@ -25,7 +25,7 @@ from forecasting.registry import PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.cache import cache_key, code_commit
-from tasks.gate import CARD, gate_scores, judge, show_verdict
+from tasks.gate import CARD, Judged, gate_scores, judge, show_verdict
 from tasks.ingest import ingest_prices
 from tasks.promote import promote_version
 from tasks.training import (
@@ -84,36 +84,22 @@ def run_training(
 ) -> TrainResult:
     """The order of one training, shared by `train` and `retrain`; call it inside a flow."""
     symbols = tuple(dict.fromkeys(symbols))
-    forecaster, named = forecaster_name(symbols), ",".join(symbols)
+    forecaster = forecaster_name(symbols)
     registry = open_registry(settings)
     with engine_of(settings.sql_url) as engine:
         for line in promotion.reconcile(settings, registry, engine, forecaster):
             get_run_logger().warning("An interrupted promotion was settled: %s", line)
         dataset = ingest_prices(settings, with_peers_of(settings, symbols), as_of)
-        tags = {
-            "symbol": named,
-            "as_of": as_of.isoformat(),
-            "dataset_md5": dataset.md5,
-            "flow_run_id": str(flow_run.id or ""),
-            "trigger": trigger,
-        }
-        run_id = registry.start_run(f"{forecaster.removeprefix('perennial-')} {as_of}", tags)
+        training = Training.start(settings, registry, engine, symbols, as_of, dataset, trigger)
         try:
-            training = _Training(settings, registry, engine, symbols, as_of, dataset, run_id)
-            result = training.run()
+            return training.end(training.run())
         except BaseException:
-            registry.finish(run_id, "FAILED")
+            training.fail()
             raise
-        reasons = " ".join(result.reasons)
-        ended = {"outcome": result.outcome, "reasons": reasons, "version": result.version or ""}
-        registry.set_tags(run_id, ended)
-        registry.finish(run_id, "FINISHED")
-    get_run_logger().info("%s: %s", result.outcome, reasons)
-    return result
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """The version in production and where its files lie."""
 
     version: int
@@ -122,7 +108,7 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class _Training:
+class Training:
     """One training inside its MLflow run."""
 
     settings: Settings
@@ -133,11 +119,58 @@ class _Training:
     dataset: DatasetVersion
     run_id: str
 
+    @classmethod
+    def start(
+        cls,
+        settings: Settings,
+        registry: Registry,
+        engine: Engine,
+        symbols: tuple[str, ...],
+        as_of: date,
+        dataset: DatasetVersion,
+        trigger: str,
+    ) -> "Training":
+        """Start its MLflow run."""
+        tags = {
+            "symbol": ",".join(symbols),
+            "as_of": as_of.isoformat(),
+            "dataset_md5": dataset.md5,
+            "flow_run_id": str(flow_run.id or ""),
+            "trigger": trigger,
+        }
+        name = forecaster_name(symbols).removeprefix("perennial-")
+        run_id = registry.start_run(f"{name} {as_of}", tags)
+        return cls(settings, registry, engine, symbols, as_of, dataset, run_id)
+
+    def end(self, result: TrainResult) -> TrainResult:
+        """Write down what it came to, and end its MLflow run."""
+        reasons = " ".join(result.reasons)
+        ended = {"outcome": result.outcome, "reasons": reasons, "version": result.version or ""}
+        self.registry.set_tags(self.run_id, ended)
+        self.registry.finish(self.run_id, "FINISHED")
+        get_run_logger().info("%s %s: %s", self.forecaster, result.outcome, reasons)
+        return result
+
+    def fail(self) -> None:
+        """End its MLflow run without a result."""
+        self.registry.finish(self.run_id, "FAILED")
+
     @property
     def forecaster(self) -> str:
+        """The registered model that it is for."""
         return forecaster_name(self.symbols)
 
+    @property
+    def search_tags(self) -> dict[str, str]:
+        """What a search and its trials are found by."""
+        return {
+            "symbol": ",".join(self.symbols),
+            "as_of": self.as_of.isoformat(),
+            "dataset_md5": self.dataset.md5,
+        }
+
     def run(self) -> TrainResult:
+        """Every step in this process, with the search on Ray."""
         self.settings.work_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.settings.work_dir) as scratch:
             held = self.production(Path(scratch) / "production")
@@ -146,23 +179,32 @@ class _Training:
             candidate = self.find_candidate()
             folder = Path(scratch) / "candidate"
             contract = write_candidate(candidate, folder, self.facts())
-            if held is not None and held.contract.files[MODEL_FILE] == contract.files[MODEL_FILE]:
+            if is_same(held, contract):
                 return self.unchanged(held)
-            return self.decide(candidate, contract, folder, held)
+            judged = judge(
+                self.settings,
+                self.engine,
+                contract,
+                self.as_of,
+                self.dataset.md5,
+                folder,
+                held.folder if held is not None else None,
+            )
+            return self.settle(candidate, contract, folder, held, judged)
 
-    def production(self, folder: Path) -> "_Held | None":
+    def production(self, folder: Path) -> Held | None:
         """The version in production, downloaded."""
         version = self.registry.alias(self.forecaster, PRODUCTION)
         if version is None:
             return None
         self.registry.download(self.forecaster, version, folder)
-        return _Held(version, folder, read_contract(folder))
+        return Held(version, folder, read_contract(folder))
 
     def find_candidate(self) -> Candidate:
         """Windows, search and fit, each re-used when data, code and parameters are the same."""
         md5, settings = self.dataset.md5, self.settings
         cut = self.picked("context", "horizon", "validation_days", "gate_days")
-        cut |= {"symbols": self.symbols, "peers": settings.peers, "as_of": self.as_of}
+        cut |= {"symbols": ",".join(self.symbols), "peers": settings.peers, "as_of": self.as_of}
         tuning = cut | self.picked(
             *("seed", "trials", "epochs", "concurrency", "folds", "grace_epochs"),
             *("search_seconds", "search_patience"),
@@ -170,33 +212,30 @@ class _Training:
         key = cache_key("windows", md5, cut)
         splits = _step(prepare_windows, settings, self.symbols, self.as_of, md5, key=key)
         key = cache_key("search", md5, tuning)
-        tags = {"as_of": self.as_of.isoformat(), "dataset_md5": md5}
-        tags["symbol"] = ",".join(self.symbols)
-        found: Found = _step(search, settings, splits, self.run_id, tags, key=key)
+        found: Found = _step(search, settings, splits, self.run_id, self.search_tags, key=key)
         show_search(self.registry, self.run_id, found)
         fitting = tuning | self.picked("fit_epochs") | {"config": asdict(found.config)}
         key = cache_key("fit", md5, fitting)
         candidate: Candidate = _step(fit, settings, splits, found.config, key=key)
-        logged = {**fitting, "kind": candidate.kind, "search_run": found.run_id}
-        self.registry.log_params(self.run_id, logged)
+        self.log_fit(candidate, {**fitting, "search_run": found.run_id})
+        return candidate
+
+    def log_fit(self, candidate: Candidate, parameters: dict[str, Any]) -> None:
+        """Parameters and scores of a candidate."""
+        self.registry.log_params(self.run_id, {**parameters, "kind": candidate.kind})
         scores = [(name, value, 0) for name, value in candidate.scores.items()]
         self.registry.log_metrics(self.run_id, scores + candidate.history)
         self.registry.set_tags(self.run_id, {"kind": candidate.kind})
-        return candidate
 
-    def decide(
-        self, candidate: Candidate, contract: Contract, folder: Path, held: "_Held | None"
+    def settle(
+        self,
+        candidate: Candidate,
+        contract: Contract,
+        folder: Path,
+        held: Held | None,
+        judged: Judged,
     ) -> TrainResult:
-        """The gate and, if it agrees, the promotion."""
-        judged = judge(
-            self.settings,
-            self.engine,
-            contract,
-            self.as_of,
-            self.dataset.md5,
-            folder,
-            held.folder if held is not None else None,
-        )
+        """Show the verdict and, if it agrees, promote."""
         verdict = judged.verdict
         card = show_verdict(self.registry, self.run_id, contract, candidate.scores, judged)
         scores = candidate.scores | gate_scores(verdict)
@@ -218,7 +257,7 @@ class _Training:
         reasons = [verdict.summary(), promoted.served]
         return self.result("promoted", reasons, scores=scores, version=version)
 
-    def too_old(self, held: "_Held") -> TrainResult:
+    def too_old(self, held: Held) -> TrainResult:
         """Known before any training: production has seen days that this one must not."""
         reason = (
             f"as of {self.as_of} is before production's {held.contract.as_of} (version "
@@ -227,7 +266,7 @@ class _Training:
         )
         return self.result("refused", [reason])
 
-    def unchanged(self, held: "_Held") -> TrainResult:
+    def unchanged(self, held: Held) -> TrainResult:
         """The same network as the one in production: nothing to compare."""
         reason = f"The model is identical to version {held.version}, which is in production."
         return self.result("unchanged", [reason], version=held.version)
@@ -270,6 +309,11 @@ class _Training:
             dataset_md5=self.dataset.md5,
             scores=scores or {},
         )
+
+
+def is_same(held: Held | None, contract: Contract) -> TypeGuard[Held]:
+    """Whether the very same network is in production."""
+    return held is not None and held.contract.files[MODEL_FILE] == contract.files[MODEL_FILE]
 
 
 def _step(step: Any, *arguments: Any, key: str) -> Any:  # noqa: ANN401  (any Prefect task)

@@ -217,6 +217,16 @@ class Settings(BaseSettings):
         """SQLAlchemy URL, the embedded default filled in."""
         return self.database_url or f"sqlite:///{self.home / 'perennial.db'}"
 
+    def for_workers(self) -> "Settings":
+        """A copy for processes elsewhere: numbers as here, addresses and secrets as by default."""
+        fields = type(self).model_fields
+        told = {
+            name: fields[name].default
+            for name, value in self
+            if isinstance(value, (str, SecretStr)) and name != "source"
+        }
+        return self.model_copy(update=told)
+
     @property
     def data_dir(self) -> Path:
         """The data registry (git + DVC)."""

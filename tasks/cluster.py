@@ -1,4 +1,7 @@
-"""Ray for the time of one job: a private one in this process, or the cluster of `ray_address`."""
+"""Ray for the time of one job: a private one in this process, or the cluster of `ray_address`.
+
+With `tasks.search` the only room that knows Ray.
+"""
 
 import logging
 import os
@@ -8,12 +11,13 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import psutil
@@ -22,6 +26,10 @@ import ray
 from forecasting.errors import ConfigError, ServiceError
 from forecasting.settings import Settings
 
+T, R = TypeVar("T"), TypeVar("R")
+
+RETRIES = 3
+"""How often something is done again whose worker or node was lost."""
 _OBJECT_STORE = 128 * 1024**2
 _SCRATCH = "perennial-search-"
 _WORKER_ENVIRONMENT = {
@@ -41,6 +49,38 @@ _ENVIRONMENT = {
 _MODULES = ("forecasting.model", "tasks.search")
 """What a worker needs, imported as it starts and not in its first trial."""
 _SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
+
+
+def spread(
+    settings: Settings, work: Callable[[T], R], items: Iterable[T]
+) -> Iterator[tuple[T, R | Exception]]:
+    """Do `work` for every item on Ray, one a CPU, and give back each with what came of it.
+
+    Items are taken as there is room for them, and come back in the order in which they end. One
+    whose worker or node is lost is done again.
+
+    Args:
+        settings: concurrency, ray_address.
+        work: a function of a module, which workers import.
+        items: what it is called with.
+    """
+    waiting, flying = iter(items), {}
+    # on a Ray of one's own the next ones lie ready for a worker that is done
+    room = settings.concurrency * (1 if settings.ray_address else 2)
+    with scratch() as folder, running(settings, folder):
+        remote = ray.remote(num_cpus=1, max_retries=RETRIES)(work)
+        while True:
+            for item in islice(waiting, room - len(flying)):
+                flying[remote.remote(item)] = item
+            if not flying:
+                return
+            (done,), _ = ray.wait(list(flying), num_returns=1)
+            item = flying.pop(done)
+            try:
+                found: R | Exception = ray.get(done)
+            except Exception as error:  # noqa: BLE001  (of one item; the caller decides)
+                found = error
+            yield item, found
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine
 
 from forecasting import datasets, reserved_days
-from forecasting.contract import MODEL_FILE, Contract, sha256_file
+from forecasting.contract import MODEL_FILE, Contract
 from forecasting.gate import Evidence, GateVerdict, Rule
 from forecasting.gate import judge as judge_evidence
 from forecasting.registry import Registry
@@ -61,6 +61,13 @@ def judge(
         validation_days=settings.validation_days,
         gate_days=settings.gate_days,
     )
+    return weigh(settings, engine, contract, md5, evidence)
+
+
+def weigh(
+    settings: Settings, engine: Engine, contract: Contract, md5: str, evidence: Evidence
+) -> Judged:
+    """Decide on evidence, once the days that it takes up are written down."""
     for problem in evidence.problems:
         get_run_logger().warning(problem)
     look = None
@@ -68,7 +75,7 @@ def judge(
         look = reserved_days.claim(
             engine,
             forecaster=contract.forecaster,
-            model_sha256=sha256_file(candidate / MODEL_FILE),
+            model_sha256=contract.files[MODEL_FILE],
             days=evidence.days,
             dataset_md5=md5,
             run_id=contract.run_id,

@@ -32,10 +32,6 @@ OnTrial = Callable[[int, Mapping[str, object], Sequence[float], Status], object]
 
 _log = logging.getLogger(__name__)
 
-RETRIES = 3
-"""How often a trial goes on whose worker or node was lost."""
-
-
 @dataclass(frozen=True)
 class SearchResult:
     """What a search found.
@@ -117,7 +113,7 @@ def run_search(
     if board.has_room():
         with cluster.scratch() as folder, cluster.running(settings, folder):
             tune.Tuner(
-                tune.with_parameters(_trial, splits=splits, settings=settings),
+                tune.with_parameters(_trial, splits=splits, settings=settings.for_workers()),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
                     max_concurrent_trials=settings.concurrency,
@@ -130,7 +126,7 @@ def run_search(
                     storage_path=str(folder / "tune"),
                     callbacks=[_Listener(board)],
                     stop=_StopOnError(board),
-                    failure_config=tune.FailureConfig(max_failures=RETRIES),
+                    failure_config=tune.FailureConfig(max_failures=cluster.RETRIES),
                     progress_reporter=_Silence(),
                     verbose=0,
                 ),

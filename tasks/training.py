@@ -6,10 +6,10 @@ cached never pays for Ray, torch and Lightning.
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefect import task
 from prefect.artifacts import create_table_artifact
@@ -21,6 +21,9 @@ from forecasting.hyperparameters import ModelConfig
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
 from forecasting.windows import Splits, join, make_windows, split, with_peers
+
+if TYPE_CHECKING:
+    from forecasting.study import Told
 
 PAST_SEARCHES = 3
 """Past searches of a symbol whose best parameters a new one tries first."""
@@ -107,7 +110,7 @@ def search(
             own = {**tags, "cache_key": key, "perennial.kind": "search"}
             study.run_id = registry.start_run("search", own, parent=parent_run)
         run_id = study.run_id
-        study.suggest_first(_first(registry, tags))
+        study.suggest_first(first_parameters(registry, tags))
         on_trial = registry.trial_logger(run_id, tags)
         logged = registry.logged_trials(run_id)
         try:
@@ -131,7 +134,21 @@ def search(
     return Found(config=result.config, leaderboard=result.leaderboard, run_id=run_id)
 
 
-def _first(registry: Registry, tags: dict[str, str]) -> list[dict[str, Any]]:
+def log_search(
+    registry: Registry, parent: str, tags: dict[str, str], found: Found, trials: Sequence["Told"]
+) -> Found:
+    """Log a search that was made elsewhere, with its trials; it with the run that they lie in."""
+    run_id = registry.start_run("search", {**tags, "perennial.kind": "search"}, parent=parent)
+    on_trial = registry.trial_logger(run_id, tags)
+    for told in trials:
+        config = asdict(ModelConfig(**told.params, seed=found.config.seed))
+        on_trial(told.number, config, told.scores, told.status)
+    registry.log_params(run_id, asdict(found.config))
+    registry.finish(run_id, "FINISHED")
+    return replace(found, run_id=run_id)
+
+
+def first_parameters(registry: Registry, tags: dict[str, str]) -> list[dict[str, Any]]:
     """What a search tries before it draws: the defaults, and what was best for the symbol before.
 
     Only of searches as of earlier days: the past must not know of what came after it, and the

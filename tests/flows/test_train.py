@@ -127,7 +127,7 @@ def test_the_search_is_a_run_below_the_training_and_every_trial_one_below_it(ref
 def test_a_training_logs_parameters_and_every_score(refused, settings):
     data = client_of(settings).get_run(refused.run_id).data
     assert (data.params["trials"], data.params["seed"]) == ("2", "7")
-    assert (data.params["symbol"], data.params["as_of"]) == ("GOOG", "2007-12-31")
+    assert (data.params["symbols"], data.params["as_of"]) == ("GOOG", "2007-12-31")
     assert data.params["kind"] in ("lstm", "volatility")
     assert "'lr': " in data.params["config"]
     for name in ("trained", "untrained", "volatility"):
