@@ -85,6 +85,12 @@ class Settings(BaseSettings):
     concurrency: int = Field(2, ge=1, description="Trials that run at the same time.")
     epochs: int = Field(10, ge=1, description="Most epochs of one trial.")
     fit_epochs: int = Field(40, ge=1, description="Most epochs of the final fit (early stopping).")
+    fit_workers: int = Field(
+        1, ge=1, description="Processes, or GPUs, that share the final fit; for large panels."
+    )
+    accelerator: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="What the final fit runs on; auto: a GPU if there is one."
+    )
     # gate -------------------------------------------------------------------------------------
     gate_days: int = Field(
         120, ge=20, description="Most recent windows on which every contestant is scored."

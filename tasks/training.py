@@ -4,6 +4,7 @@ The search and the network are imported inside the tasks that need them: a run w
 cached never pays for Ray, torch and Lightning.
 """
 
+import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -98,17 +99,27 @@ def search(settings: Settings, splits: Splits, parent_run: str, md5: str, key: s
 
 @task(name="fit", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)
 def fit(settings: Settings, splits: Splits, config: ModelConfig, key: str) -> Candidate:
-    """Fit the best configuration with Lightning and export it to ONNX."""
+    """Fit the best configuration with Lightning and export it to ONNX.
+
+    Its checkpoint lies in a folder named by the key: a fit that was killed goes on when it is run
+    again, and comes to the same weights.
+    """
     from forecasting import model
 
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
+    folder = settings.work_dir / key
+    fitted = model.fit(
+        splits,
+        config,
+        settings.fit_epochs,
+        folder=folder,
+        resume=folder / model.CHECKPOINT,
+        accelerator=settings.accelerator,
+        workers=settings.fit_workers,
+    )
     with tempfile.TemporaryDirectory(dir=settings.work_dir) as name:
-        folder = Path(name)
-        fitted = model.fit(splits, config, settings.fit_epochs, folder=folder / "checkpoints")
-        out = folder / "model"
-        out.mkdir()
-        model.export_onnx(fitted, out)
-        files = {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+        model.export_onnx(fitted, Path(name))
+        files = {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}
+    shutil.rmtree(folder, ignore_errors=True)
     return Candidate(
         files=files,
         kind=fitted.kind,
