@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import pickle
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ import onnx
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.multiprocessing.spawn import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessException
 
 from forecasting.contract import (
     COLUMNS,
@@ -279,7 +280,10 @@ class _Training(LightningModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _hush()  # where this arrives is a worker's process
+        # where this arrives is a worker's process: as quiet as its parent, and gone with it, which
+        # torch sees to with the signal that a shell may have had the parent ignore
+        _hush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What checkpoints hold beside the weights, and workers hand back."""
@@ -477,7 +481,7 @@ def _workers(trainer: Trainer) -> Iterator[None]:
     port = os.environ.get("MASTER_PORT")  # Lightning chooses one, and leaves it
     try:
         yield
-    except ProcessRaisedException as error:
+    except ProcessException as error:
         said = str(error).strip().splitlines()[-1]
         raise TrainingError(
             said.removeprefix(f"{TrainingError.__module__}.TrainingError: ")
