@@ -2,8 +2,8 @@
 
 Our fit, a plain loop on the same tensors, and Lightning as its first page shows it (once more with
 our allocator and one thread), each in a fresh process, in an order that turns from round to round;
-the same network, windows, seed, batches and epochs, nobody stops early. Ratios are of the same round, their medians over the rounds. The last
-line is one JSON object.
+the same network, windows, seed, batches and epochs, nobody stops early. Ratios are of the same
+round, their medians over the rounds. The last line is one JSON object.
 """
 
 import argparse
