@@ -146,9 +146,7 @@ class _Fleet:
             return training.unchanged(held)
         folder = self.scratch / training.symbols[0] / "candidate"
         contract = write_candidate(made.candidate, folder, training.facts())
-        judged = weigh(
-            self.settings, self.engine, contract, self.dataset.md5, made.evidence
-        )
+        judged = weigh(self.settings, self.engine, contract, self.dataset.md5, made.evidence)
         return training.settle(made.candidate, contract, folder, held, judged)
 
 

@@ -1,18 +1,23 @@
 """Fit the network with Lightning, judge what it learned, export it to ONNX.
 
 A fit is a function of windows, configuration and seed: on one machine the same three give the
-same bytes. It runs on one CPU thread, leaves torch's global state as it found it, and keeps all
-windows in memory, since they are a few megabytes.
+same bytes. It runs on one CPU thread a worker, leaves torch's global state as it found it, and
+keeps all windows in memory, since they are a few megabytes.
 """
 
+import hashlib
 import logging
 import math
+import os
+import pickle
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +25,8 @@ import numpy as np
 import onnx
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.multiprocessing.spawn import ProcessException
 
 from forecasting.contract import (
     COLUMNS,
@@ -54,12 +58,14 @@ PATIENCE = 8
 """Epochs without a better validation score after which a final fit stops."""
 EXPORT_TOLERANCE = 1e-4
 """Largest relative difference between the exported graph and torch."""
+CHECKPOINT = "last.ckpt"
+"""In the folder of a fit, written whole after each epoch; all that a later fit needs to go on."""
 CLIP_NORM = 1.0
 OPSET = 17
 _WIDTHS = torch.arange(80, 126) / 100
 _INPUTS = ("ohlcv", "dates", "symbol")
-_SCORE = "validation_crps_bp"
 _BP = 1e4
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,18 @@ class _Inputs:
         dates = torch.from_numpy(windows.dates)
         return cls(features(ohlcv, dates), network.volatility(ohlcv), returns)
 
-    def crps(self, network: Network, rows: Tensor | slice) -> Tensor:
-        """Mean CRPS in bp of the chosen windows."""
-        quantiles = network.correct(self.features[rows], self.sigma[rows])
-        return crps(self.returns[rows], quantiles).mean() * _BP
+    def take(self, rows: Tensor) -> "_Inputs":
+        """The chosen windows."""
+        parts = (self.features, self.sigma, self.returns)
+        return _Inputs(*(part.index_select(0, rows) for part in parts))
+
+    def to(self, device: torch.device) -> "_Inputs":
+        """All of them on a device."""
+        return _Inputs(*(part.to(device) for part in (self.features, self.sigma, self.returns)))
+
+    def crps(self, network: Network) -> Tensor:
+        """Mean CRPS in bp."""
+        return crps(self.returns, network.correct(self.features, self.sigma)).mean() * _BP
 
 
 def crps(returns: Tensor, quantiles: Tensor) -> Tensor:
@@ -133,16 +147,35 @@ def crps(returns: Tensor, quantiles: Tensor) -> Tensor:
     Returns:
         [n, horizon], in the units of `returns`.
     """
-    levels = torch.tensor(QUANTILE_LEVELS, dtype=returns.dtype)
     error = returns.unsqueeze(-1) - quantiles
-    return 2 * torch.maximum(levels * error, (levels - 1) * error).mean(-1)
+    return 2 * (_levels(returns.dtype, returns.device) * error + torch.relu(-error)).mean(-1)
+
+
+@cache
+def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(QUANTILE_LEVELS, dtype=dtype, device=device)
+
+
+class _OneStep:
+    """What Lightning is given in place of batches."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter((0,))
+
+    def __len__(self) -> int:
+        return 1
 
 
 class _Training(LightningModule):
     """Minimises the CRPS. The windows are here already, so what Lightning loops over are epochs.
 
     One of its steps is all batches of an epoch (manual optimization): at two milliseconds a batch
-    its own loop over them would cost a fifth of the fit.
+    its own loop over them would cost a fifth of the fit. Of several workers each takes its part of
+    every batch, so that they walk the way of one.
+
+    Attributes:
+        history: one entry an epoch.
+        best: weights of the best epoch.
     """
 
     def __init__(
@@ -150,39 +183,71 @@ class _Training(LightningModule):
         network: Network,
         splits: Splits,
         config: ModelConfig,
+        folder: Path,
+        patience: int,
         report: Callable[[int, float], None] | None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.network, self.config, self.report = network, config, report
+        self.network, self.config = network, config
+        self.folder, self.patience, self.report = folder, patience, report
         self.train_inputs = _Inputs.of(network, splits.train)
         self.validation_inputs = _Inputs.of(network, splits.validation)
-        self.windows = len(splits.train)
-        self.order = torch.empty(0, dtype=torch.int64)
-        self.losses: list[float] = []
+        self.identity = _identity(config, self.train_inputs, self.validation_inputs)
+        self.order = self.gradient = torch.empty(0)
+        self.losses: list[Tensor] = []
         self.history: list[EpochScore] = []
+        self.best: dict[str, Tensor] = {}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
-            self.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay
+            self.parameters(), lr=self.config.lr, weight_decay=self.config.weight_decay, fused=True
         )
+
+    def on_fit_start(self) -> None:
+        torch.set_num_threads(1)  # in a worker's process too
+        self.train_inputs = self.train_inputs.to(self.device)
+        self.validation_inputs = self.validation_inputs.to(self.device)
+
+    def on_train_start(self) -> None:
+        # one piece of memory, so that zeroing and clipping all gradients are one operation each
+        parameters = list(self.network.parameters())
+        sizes = [each.numel() for each in parameters]
+        self.gradient = torch.zeros(sum(sizes), device=self.device)
+        for parameter, part in zip(parameters, torch.split(self.gradient, sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+        self.trainer.should_stop = self._is_over()
 
     def on_train_epoch_start(self) -> None:
         # seeded by epoch, so that a resumed fit is the fit that was interrupted
-        torch.manual_seed(self.config.seed * 100_003 + self.current_epoch)
-        self.order = torch.randperm(self.windows)
+        seed = self.config.seed * 100_003 + self.current_epoch
+        torch.manual_seed(seed)
+        self.order = torch.randperm(len(self.train_inputs.returns)).to(self.device)
+        if self.global_rank:
+            torch.manual_seed(seed + self.global_rank * 1_000_003)  # dropout of its own
         self.losses = []
 
     def training_step(self, batch: int, batch_idx: int) -> None:
-        optimizer, size = self.optimizers(), self.config.batch_size
-        assert isinstance(optimizer, LightningOptimizer)
-        for first in range(0, self.windows, size):
-            optimizer.zero_grad()
-            loss = self.train_inputs.crps(self.network, self.order[first : first + size])
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        for rows in torch.split(self.order, self.config.batch_size):
+            loss = self._loss(rows)
+            self.gradient.zero_()
             self.manual_backward(loss)
-            self.clip_gradients(optimizer.optimizer, CLIP_NORM, "norm")
+            norm = torch.linalg.vector_norm(self.gradient)
+            self.gradient.mul_((CLIP_NORM / (norm + 1e-6)).clamp(max=1))
             optimizer.step()
-            self.losses.append(loss.item())
+            self.losses.append(loss.detach())
+
+    def _loss(self, rows: Tensor) -> Tensor:
+        """Mean CRPS in bp of this worker's part of a batch, so that the workers' mean is its."""
+        workers = self.trainer.world_size
+        if workers == 1:
+            return self.train_inputs.take(rows).crps(self.network)
+        mine = rows[self.global_rank :: workers]
+        share = len(mine) * workers / len(rows)
+        # where the last batch has fewer windows than there are workers, one counts for nothing
+        return share * self.train_inputs.take(mine if share else rows[:1]).crps(self.network)
 
     def on_train_epoch_end(self) -> None:
         score, epoch = self.score(), self.current_epoch + 1
@@ -191,24 +256,60 @@ class _Training(LightningModule):
                 f"Validation CRPS is {score} after epoch {epoch} with {self.config}; "
                 "a finite number was expected. Lower lr."
             )
-        self.history.append(EpochScore(epoch, float(np.mean(self.losses)), score))
-        self.log(_SCORE, score, batch_size=1)
+        if not self.history or score < min(each.validation for each in self.history):
+            self.best = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
+        loss = torch.stack(self.losses).double().mean()
+        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
+        self.history.append(EpochScore(epoch, float(loss), score))
+        self._save()
         if self.report is not None:
             self.report(epoch, score)
+        self.trainer.should_stop = self._is_over()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["history"] = [[s.epoch, s.train, s.validation] for s in self.history]
+    def _is_over(self) -> bool:
+        """Whether the last `patience` epochs were no better than one before them."""
+        scores = [each.validation for each in self.history]
+        return bool(scores) and len(scores) - 1 - scores.index(min(scores)) >= self.patience
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.history = [EpochScore(*entry) for entry in checkpoint["history"]]
+    def _save(self) -> None:
+        """Write the checkpoint beside the last one, then put it in its place."""
+        part = self.folder / f"{CHECKPOINT}.part"
+        self.trainer.save_checkpoint(part)
+        if self.trainer.is_global_zero:
+            part.replace(self.folder / CHECKPOINT)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # where this arrives is a worker's process: as quiet as its parent, and gone with it, which
+        # torch sees to with the signal that a shell may have had the parent ignore
+        _hush()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What checkpoints hold beside the weights, and workers hand back."""
+        history = [[each.epoch, each.train, each.validation] for each in self.history]
+        return {"identity": self.identity, "history": history, "best": self.best}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on from what `get_extra_state` gave."""
+        self.history = [EpochScore(*entry) for entry in state["history"]]
+        self.best = state["best"]
 
     @torch.no_grad()
     def score(self) -> float:
         """Validation CRPS in bp of the weights as they are."""
         self.network.eval()
-        value = self.validation_inputs.crps(self.network, slice(None)).item()
+        value = self.validation_inputs.crps(self.network).item()
         self.network.train()
         return value
+
+
+def _identity(config: ModelConfig, *parts: _Inputs) -> str:
+    """Tells a fit's checkpoint from another's."""
+    digest = hashlib.sha256(repr(asdict(config)).encode())
+    for part in parts:
+        digest.update(part.sigma.numpy().tobytes() + part.returns.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def fit(
@@ -220,6 +321,8 @@ def fit(
     patience: int = PATIENCE,
     report: Callable[[int, float], None] | None = None,
     resume: Path | None = None,
+    accelerator: str = "auto",
+    workers: int = 1,
 ) -> Fitted:
     """Train on `splits.train`, choose the epoch and the kind on `splits.validation`.
 
@@ -227,23 +330,27 @@ def fit(
         splits: windows; those of the gate are not looked at.
         config: hyperparameters and seed.
         epochs: most epochs.
-        folder: where the checkpoints `best.ckpt` and `last.ckpt` are written.
+        folder: where the checkpoint `last.ckpt` is written after each epoch.
         patience: epochs without a better score after which it stops early.
-        report: called after each epoch with its number, from 1, and its validation CRPS in bp.
-        resume: a `last.ckpt` of an interrupted fit of the same windows and configuration.
+        report: called after each epoch, its checkpoint written, with its number, from 1, and its
+            validation CRPS in bp; with several workers, for all epochs at the end.
+        resume: the `last.ckpt` of an interrupted fit. One that is absent, unreadable or of other
+            windows or another configuration is left aside, and the fit starts anew.
+        accelerator: as Lightning names it; `auto` is a GPU if there is one, else the CPU.
+        workers: processes (on a GPU machine: GPUs) that share each batch.
 
     Raises:
-        TrainingError: the loss is no longer a finite number.
+        TrainingError: the loss is no longer a finite number, or a worker was lost.
     """
-    with _one_thread(), _quiet(), torch.random.fork_rng(devices=[]):
+    with _own_state(accelerator), _quiet():
         network = untrained(splits, config)
-        training = _Training(network, splits, config, report)
+        training = _Training(network, splits, config, folder, patience, report)
         first = training.score()
         volatility = _switched_off(training)
-        best = _run(training, epochs, patience, folder, resume)
+        _run(training, epochs, _usable(resume, training.identity), accelerator, workers)
         trained = min(training.history, key=lambda s: s.validation)
         lstm = trained.validation < min(first, volatility)
-        network.load_state_dict(best)
+        network.cpu().load_state_dict(training.best)
         network.switch.fill_(float(lstm))
         calibrate(network.eval(), splits)
     return Fitted(
@@ -319,33 +426,88 @@ def _switched_off(training: _Training) -> float:
     return score
 
 
+def _usable(resume: Path | None, identity: str) -> Path | None:
+    """The checkpoint, if it is one of this fit."""
+    if resume is None or not resume.is_file():
+        return None
+    try:
+        found = torch.load(resume, weights_only=True)["state_dict"]["_extra_state"]
+        theirs, epochs = found["identity"], len(found["history"])
+    except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        _log.warning("The checkpoint %s cannot be read (%r); starting anew.", resume, error)
+        return None
+    except pickle.UnpicklingError as error:
+        _log.warning("The checkpoint %s is none of torch's (%s); starting anew.", resume, error)
+        return None
+    if theirs != identity:
+        _log.warning("The checkpoint %s is of another fit; starting anew.", resume)
+        return None
+    _log.info("Going on after epoch %d from %s.", epochs, resume)
+    return resume
+
+
 def _run(
-    training: _Training, epochs: int, patience: int, folder: Path, resume: Path | None
-) -> dict[str, Tensor]:
-    """Train, and give back the weights of the best epoch."""
-    checkpoint = ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=_SCORE,
-        save_last=True,
-        save_on_train_epoch_end=True,
-        enable_version_counter=False,
-    )
-    stopping = EarlyStopping(_SCORE, patience=patience, check_on_train_epoch_end=True)
+    training: _Training, epochs: int, resume: Path | None, accelerator: str, workers: int
+) -> None:
+    """Train; afterwards `training` holds history and best weights."""
+    training.folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
+        accelerator=accelerator,
+        devices=workers,
+        strategy="auto" if workers == 1 else "ddp_spawn",
         max_epochs=epochs,
-        callbacks=[checkpoint, stopping],
-        default_root_dir=folder,
+        default_root_dir=training.folder,
+        deterministic=_on_gpu(accelerator),
         logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(training, range(1), ckpt_path=resume)
-    state = torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]
-    return {name.removeprefix("network."): value for name, value in state.items()}
+    if workers == 1:
+        trainer.fit(training, _OneStep(), ckpt_path=resume)
+        return
+    report, training.report = training.report, None  # it need not be one that can be sent
+    with _workers(trainer):
+        trainer.fit(training, _OneStep(), ckpt_path=resume)
+    if report is not None:
+        for each in training.history:
+            report(each.epoch, each.validation)
+
+
+@contextmanager
+def _workers(trainer: Trainer) -> Iterator[None]:
+    """No worker outlives the fit, and what one of them raised is raised here."""
+    port = os.environ.get("MASTER_PORT")  # Lightning chooses one, and leaves it
+    try:
+        yield
+    except ProcessException as error:
+        said = str(error).strip().splitlines()[-1]
+        raise TrainingError(
+            said.removeprefix(f"{TrainingError.__module__}.TrainingError: ")
+        ) from error
+    finally:
+        for process in getattr(trainer.strategy.launcher, "procs", []):
+            process.kill()
+            process.join()
+        if port is None:
+            os.environ.pop("MASTER_PORT", None)
+
+
+def _on_gpu(accelerator: str) -> bool:
+    return accelerator != "cpu" and torch.cuda.is_available()
+
+
+@contextmanager
+def _own_state(accelerator: str) -> Iterator[None]:
+    """One thread; random state and choice of algorithms as they were, once it is over."""
+    gpus = range(torch.cuda.device_count()) if _on_gpu(accelerator) else ()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with _one_thread(), torch.random.fork_rng(devices=list(gpus)):
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
 
 
 @contextmanager
@@ -360,18 +522,22 @@ def _one_thread() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Lightning's greetings, and two of its warnings, out of the run's log."""
+    """Keep Lightning's greetings, and a warning, out of the run's log."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
-    logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
-            # about Lightning's own code, and about a folder that a resumed fit shares
-            warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
-            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            _hush()
             yield
     finally:
         logger.setLevel(level)
+
+
+def _hush() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # about Lightning's own code
+    warnings.filterwarnings("ignore", r".*isinstance\(treespec, LeafSpec\)")
 
 
 def export_onnx(fitted: Fitted, folder: Path) -> None:

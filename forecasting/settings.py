@@ -102,6 +102,12 @@ class Settings(BaseSettings):
         ge=0,
         description="Between two checkpoints of a trial: as much is done again after a crash.",
     )
+    fit_workers: int = Field(
+        1, ge=1, description="Processes, or GPUs, that share the final fit; for large panels."
+    )
+    accelerator: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="What the final fit runs on; auto: a GPU if there is one."
+    )
     # gate -------------------------------------------------------------------------------------
     gate_days: int = Field(
         120, ge=20, description="Most recent windows on which every contestant is scored."

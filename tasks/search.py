@@ -32,6 +32,7 @@ OnTrial = Callable[[int, Mapping[str, object], Sequence[float], Status], object]
 
 _log = logging.getLogger(__name__)
 
+
 @dataclass(frozen=True)
 class SearchResult:
     """What a search found.

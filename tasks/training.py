@@ -4,6 +4,7 @@ The search and the network are imported inside the tasks that need them: a run w
 cached never pays for Ray, torch and Lightning.
 """
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -167,17 +168,33 @@ def first_parameters(registry: Registry, tags: dict[str, str]) -> list[dict[str,
 
 @task(name="fit", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)
 def fit(settings: Settings, splits: Splits, config: ModelConfig, key: str) -> Candidate:
-    """Fit the best configuration with Lightning and export it to ONNX."""
+    """Fit the best configuration with Lightning and export it to ONNX.
+
+    Its checkpoint lies in a folder named by the key: a fit that was killed goes on when it is run
+    again, and comes to the same weights.
+    """
+    return fit_candidate(settings, splits, config, settings.work_dir / key)
+
+
+def fit_candidate(
+    settings: Settings, splits: Splits, config: ModelConfig, folder: Path
+) -> Candidate:
+    """Fit and export, with the checkpoint in `folder` as long as it takes."""
     from forecasting import model
 
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=settings.work_dir) as name:
-        folder = Path(name)
-        fitted = model.fit(splits, config, settings.fit_epochs, folder=folder / "checkpoints")
-        out = folder / "model"
-        out.mkdir()
-        model.export_onnx(fitted, out)
-        files = {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+    fitted = model.fit(
+        splits,
+        config,
+        settings.fit_epochs,
+        folder=folder,
+        resume=folder / model.CHECKPOINT,
+        accelerator=settings.accelerator,
+        workers=settings.fit_workers,
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        model.export_onnx(fitted, Path(name))
+        files = {path.name: path.read_bytes() for path in sorted(Path(name).iterdir())}
+    shutil.rmtree(folder, ignore_errors=True)
     return Candidate(
         files=files,
         kind=fitted.kind,

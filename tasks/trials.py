@@ -62,18 +62,16 @@ def _fit_fold(
 
     sent, best, epochs = time.monotonic(), state.best, settings.epochs
     with tempfile.TemporaryDirectory() as name:
-        last, resume = Path(name) / "last.ckpt", None
+        checkpoint = Path(name) / model.CHECKPOINT
         if state.fit:
-            resume = Path(name) / "resume.ckpt"
-            resume.write_bytes(state.fit)
+            checkpoint.write_bytes(state.fit)
 
         def heard(epoch: int, score: float) -> None:
             nonlocal sent, best
-            kept = None
-            if last.is_file() and time.monotonic() - sent >= settings.checkpoint_seconds:
-                kept = msgspec.msgpack.encode(_State(state.scores, best, last.read_bytes()))
+            best, kept = min(best, score), None
+            if time.monotonic() - sent >= settings.checkpoint_seconds:
+                kept = msgspec.msgpack.encode(_State(state.scores, best, checkpoint.read_bytes()))
                 sent = time.monotonic()
-            best = min(best, score)
             mean = sum([*state.scores, best]) / (len(state.scores) + 1)
             report(len(state.scores) * epochs + epoch, mean, kept)
 
@@ -84,6 +82,7 @@ def _fit_fold(
             folder=Path(name),
             patience=epochs,
             report=heard,
-            resume=resume,
+            resume=checkpoint,
+            accelerator="cpu",
         )
     return _State([*state.scores, best], math.inf, b"")

@@ -24,7 +24,7 @@ def main() -> int:
     train = model._Inputs.of(network, parts.train)
     validation = model._Inputs.of(network, parts.validation)
     optimizer = torch.optim.AdamW(
-        network.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay
+        network.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay, fused=True
     )
     count, size = len(parts.train), chosen.batch_size
     best, kept = math.inf, None
@@ -34,13 +34,13 @@ def main() -> int:
         network.train()
         for first in range(0, count, size):
             optimizer.zero_grad()
-            loss = train.crps(network, order[first : first + size])
+            loss = train.take(order[first : first + size]).crps(network)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
         network.eval()
         with torch.no_grad():
-            score = validation.crps(network, slice(None)).item()
+            score = validation.crps(network).item()
         if score < best:
             best, kept = score, copy.deepcopy(network.state_dict())
     assert kept is not None

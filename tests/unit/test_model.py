@@ -12,7 +12,16 @@ from forecasting import backtest, metrics
 from forecasting.contract import GOLDEN_FILE, MODEL_FILE, QUANTILE_LEVELS, Golden, decode, seal
 from forecasting.errors import TrainingError
 from forecasting.inference import Forecaster
-from forecasting.model import Fitted, ModelConfig, _Inputs, _widths, crps, export_onnx, fit
+from forecasting.model import (
+    CHECKPOINT,
+    Fitted,
+    ModelConfig,
+    _Inputs,
+    _widths,
+    crps,
+    export_onnx,
+    fit,
+)
 from forecasting.network import Network
 from forecasting.windows import Splits, make_windows, split
 from tests.market import goog, market
@@ -82,7 +91,7 @@ def test_a_fit_says_how_it_went(splits, tmp_path):
     assert float(fitted.network.switch) == float(better)
     assert fitted.train_start == splits.train.first_day
     assert fitted.train_end == splits.validation.last_day
-    assert (tmp_path / "best.ckpt").is_file()
+    assert (tmp_path / CHECKPOINT).is_file()
 
 
 def test_a_network_that_learned_nothing_is_switched_off(splits, tmp_path):
@@ -171,7 +180,7 @@ def test_the_same_windows_and_seed_give_the_same_bytes(fitted, splits, tmp_path)
 
 def test_a_resumed_fit_is_the_fit_that_was_interrupted(fitted, splits, tmp_path):
     fit(splits, CONFIG, 2, folder=tmp_path)
-    resumed = fit(splits, CONFIG, 4, folder=tmp_path, resume=tmp_path / "last.ckpt")
+    resumed = fit(splits, CONFIG, 4, folder=tmp_path, resume=tmp_path / CHECKPOINT)
     assert resumed.history == fitted.history
     assert resumed.best_epoch == fitted.best_epoch
     for mine, theirs in zip(
@@ -202,3 +211,103 @@ def test_untrained_it_is_as_good_as_the_random_walk_on_real_prices(as_of, tmp_pa
     random_walk = backtest.score_random_walk(frame, splits.validation).mean()
     assert fitted.untrained < 1.01 * random_walk
     assert fitted.volatility < random_walk
+
+
+@pytest.mark.parametrize("done", [1, 3])
+def test_a_fit_that_is_interrupted_in_an_epoch_goes_on_from_the_one_before(
+    fitted, splits, tmp_path, done
+):
+    class _PowerCut(Exception):  # noqa: N818
+        pass
+
+    def cut(epoch: int, _score: float) -> None:
+        if epoch == done:
+            raise _PowerCut
+
+    with pytest.raises(_PowerCut):
+        fit(splits, CONFIG, 4, folder=tmp_path, report=cut)
+    heard: list[int] = []
+    resumed = fit(
+        *(splits, CONFIG, 4),
+        folder=tmp_path,
+        resume=tmp_path / CHECKPOINT,
+        report=lambda epoch, _: heard.append(epoch),
+    )
+    assert heard == list(range(done + 1, 5))
+    assert resumed.history == fitted.history
+    assert _exported(resumed, tmp_path / "a") == _exported(fitted, tmp_path / "b")
+
+
+def test_a_fit_stops_after_epochs_that_were_no_better_and_stays_so_when_resumed(splits, tmp_path):
+    stopped = fit(splits, ModelConfig(hidden=8, lr=0.3), 40, folder=tmp_path, patience=2)
+    epochs = len(stopped.history)
+    assert epochs == stopped.best_epoch + 2 < 40
+    resumed = fit(
+        *(splits, ModelConfig(hidden=8, lr=0.3), 40),
+        folder=tmp_path,
+        patience=2,
+        resume=tmp_path / CHECKPOINT,
+    )
+    assert resumed.history == stopped.history
+    assert _exported(resumed, tmp_path / "a") == _exported(stopped, tmp_path / "b")
+
+
+@pytest.mark.parametrize("damage", ["absent", "empty", "half", "garbage", "foreign", "other"])
+def test_a_checkpoint_that_cannot_be_used_is_left_aside(fitted, splits, tmp_path, damage, caplog):
+    checkpoint = tmp_path / CHECKPOINT
+    if damage == "foreign":
+        torch.save({"state_dict": {"weight": torch.zeros(3)}}, checkpoint)
+    elif damage == "garbage":
+        checkpoint.write_bytes(b"no checkpoint")
+    elif damage != "absent":
+        fit(splits, ModelConfig(hidden=8, seed=8), 1, folder=tmp_path)
+    if damage in ("empty", "half"):
+        whole = checkpoint.read_bytes()
+        checkpoint.write_bytes(whole[: len(whole) // 2 if damage == "half" else 0])
+    again = fit(splits, CONFIG, 4, folder=tmp_path, resume=checkpoint)
+    assert again.history == fitted.history
+    assert ("starting anew" in caplog.text) == (damage != "absent")
+
+
+def test_two_workers_walk_the_way_of_one(splits, tmp_path):
+    plain = replace(CONFIG, dropout=0.0, batch_size=63)  # an odd batch, and an odd last one
+    one = fit(splits, plain, 3, folder=tmp_path / "one")
+    heard: list[tuple[int, float]] = []
+    two = fit(
+        *(splits, plain, 3),
+        folder=tmp_path / "two",
+        workers=2,
+        accelerator="cpu",
+        report=lambda *said: heard.append(said),
+    )
+    assert heard == [(each.epoch, each.validation) for each in two.history]
+    for mine, theirs in zip(two.history, one.history, strict=True):
+        assert mine.train == pytest.approx(theirs.train, rel=1e-5)
+        assert mine.validation == pytest.approx(theirs.validation, rel=1e-5)
+    state = one.network.state_dict()
+    for name, value in two.network.state_dict().items():
+        torch.testing.assert_close(value, state[name], rtol=1e-3, atol=1e-5)
+    # goes on from what several workers left
+    resumed = fit(splits, plain, 4, folder=tmp_path, resume=tmp_path / "two" / CHECKPOINT)
+    assert resumed.history[:3] == two.history
+    assert len(resumed.history) == 4
+
+
+@pytest.mark.slow
+def test_what_a_worker_raises_is_raised(splits, tmp_path):
+    with pytest.raises(TrainingError, match=r"^Validation CRPS is nan after epoch 1.*Lower lr"):
+        fit(splits, ModelConfig(hidden=8, lr=float("inf")), 2, folder=tmp_path, workers=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_a_gpu_learns_what_a_cpu_learns(splits, tmp_path):
+    plain = replace(CONFIG, dropout=0.0)
+    on_cpu = fit(splits, plain, 3, folder=tmp_path / "cpu", accelerator="cpu")
+    on_gpu = fit(splits, plain, 3, folder=tmp_path / "gpu", accelerator="gpu")
+    again = fit(splits, plain, 3, folder=tmp_path / "again", accelerator="auto")
+    assert again.history == on_gpu.history
+    for mine, theirs in zip(on_gpu.history, on_cpu.history, strict=True):
+        assert mine.validation == pytest.approx(theirs.validation, rel=1e-3)
+    assert {each.device.type for each in on_gpu.network.state_dict().values()} == {"cpu"}
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert MODEL_FILE in _exported(on_gpu, tmp_path / "model")
