@@ -7,13 +7,18 @@ before it). The network learns from AAPL, GOOG, IBM and MSFT, of each only what 
 test year; no epoch, weight or width is chosen on a test day. How its design was compared, and what
 of it was decided with this table in sight, is said in the README.
 
-The network's figures are means over seeds, with the range of the seeds beside. The last line is one
-JSON object.
+The network's figures are means over seeds, with the range of the seeds beside; its peers have one
+seed. They run in `.venv-peers/forecasting`, which is made on first use (`--without-peers` leaves
+them out), and their settings are told in `peers/`. The last line is one JSON object.
+
+`--reserved` scores AAPL, IBM and MSFT instead, on the same days. Their test years choose nothing:
+it is for when everything is fixed, once.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +36,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.environments import PEERS, PeerError, python_of
+from benchmarks.peers.exchange import Task, answered
 from forecasting import baselines, metrics, model, prices, sources
 from forecasting.contract import QUANTILE_LEVELS as LEVELS
 from forecasting.garch import garch_quantiles
@@ -41,6 +48,7 @@ from forecasting.settings import load_settings
 from forecasting.windows import Splits, Windows, join, make_windows
 
 SYMBOL, SYMBOLS = "GOOG", ("AAPL", "GOOG", "IBM", "MSFT")
+RESERVED = ("AAPL", "IBM", "MSFT")
 LAST_DAY = date(2013, 3, 1)
 CONTEXT, HORIZON, VALIDATION, EPOCHS = 64, 5, 250, 40
 LAG = 2 * HORIZON
@@ -54,6 +62,9 @@ RW, GARCH = "random walk, all residuals", "GARCH(1,1), filtered history"
 RW250 = "random walk, last 250"
 OURS, OFF = "perennial", "perennial, LSTM off"
 UNTRAINED, SHUFFLED = "perennial, LSTM untrained", "perennial, targets shuffled"
+UNSEEN = "perennial, symbol never seen"
+LEARNED = (UNTRAINED, SHUFFLED, UNSEEN, OURS)
+"""Those with a seed."""
 BARS: dict[str, tuple[str, tuple[float, float]]] = {
     "crps_wf_vs_rw": ("<=", (0.973, 0.980)),
     "crps_wf_vs_garch": ("<=", (0.998, 0.996)),
@@ -77,6 +88,13 @@ CLASSICAL: dict[str, Forecast] = {
     "GARCH(1,1)-t": partial(garch_quantiles, horizon=HORIZON, levels=LEVELS, innovations="t"),
     GARCH: partial(garch_quantiles, horizon=HORIZON, levels=LEVELS),
 }
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "AutoARIMA": ("statistical.py", "AutoARIMA"),
+    "AutoTheta": ("statistical.py", "AutoTheta"),
+    "NeuralForecast LSTM": ("neural_lstm.py",),
+    "tutorial LSTM on scaled prices": ("tutorial_lstm.py",),
+}
+"""Peers, and what `peers/` runs for them; settings are said there."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +108,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """One contestant on one stretch; seed 0 for those that have none."""
+    """One contestant on one stretch of a symbol; seed 0 for those that have one forecast only."""
 
     name: str
     part: Part
     seed: int
+    symbol: str = SYMBOL
 
 
 PARTS = [Part(split, *days) for split, parts in SPLITS.items() for days in parts]
+
+
+def _parts(split: str) -> list[Part]:
+    return [part for part in PARTS if part.split == split]
 
 
 # data ---------------------------------------------------------------------------------------------
@@ -116,23 +139,40 @@ def windows(symbol: str) -> Windows:
     return every.take(every.known)
 
 
-def held_out(part: Part) -> Windows:
+def held_out(part: Part, symbol: str = SYMBOL) -> Windows:
     """Windows of the test days."""
-    every = windows(SYMBOL)
+    every = windows(symbol)
     first, last = np.datetime64(part.first), np.datetime64(part.last)
     return every.take((every.origins >= first) & (every.origins <= last))
 
 
-def splits(part: Part) -> Splits:
+def splits(part: Part, symbol: str = SYMBOL, teachers: Sequence[str] = SYMBOLS) -> Splits:
     """What may be learned from before the test days, and those; no target reaches a later part."""
-    every = join([windows(each) for each in SYMBOLS])
+    every = join([windows(each) for each in teachers])
     days = np.unique(every.origins)
     past = days[days < np.datetime64(part.first)]
     validation = every.origins >= past[-VALIDATION - HORIZON]
     return Splits(
         train=every.take(every.origins < past[-VALIDATION - 2 * HORIZON]),
         validation=every.take(validation & (every.origins < past[-HORIZON])),
-        gate=held_out(part),
+        gate=held_out(part, symbol),
+    )
+
+
+def task(part: Part, symbol: str) -> Task:
+    """The same for a peer: the closes of all symbols up to the last outcome of the test days."""
+    closes = pd.DataFrame({each: frame(each)["close"] for each in SYMBOLS})
+    names = [symbol, *(each for each in SYMBOLS if each != symbol)]
+    origins = held_out(part, symbol).origins
+    first, last = baselines.positions(closes, origins[[0, -1]])
+    return Task(
+        symbols=np.array(names),
+        prices=closes[names].to_numpy().T[:, : last + HORIZON + 1],
+        first=int(first),
+        horizon=HORIZON,
+        levels=np.array(LEVELS),
+        validation=VALIDATION,
+        seed=1,
     )
 
 
@@ -141,10 +181,32 @@ def forecast(job: Job) -> Array:
     """Quantiles of log returns [n, horizon, levels]."""
     warnings.filterwarnings("ignore")
     if job.name in CLASSICAL:
-        return CLASSICAL[job.name](frame(SYMBOL), held_out(job.part).origins)
-    learner = {OURS: _fitted, OFF: _off, UNTRAINED: _untrained, SHUFFLED: _shuffled}[job.name]
-    parts = splits(job.part)
+        return CLASSICAL[job.name](frame(job.symbol), held_out(job.part, job.symbol).origins)
+    if job.name in SCRIPTS:
+        return ask(python_of("forecasting"), SCRIPTS[job.name], task(job.part, job.symbol))
+    learner = {OFF: _off, UNTRAINED: _untrained, SHUFFLED: _shuffled}.get(job.name, _fitted)
+    others = [each for each in SYMBOLS if each != job.symbol]
+    parts = splits(job.part, job.symbol, others if job.name == UNSEEN else SYMBOLS)
     return model.quantiles_of_returns(learner(parts, ModelConfig(seed=job.seed)), parts.gate)
+
+
+def ask(python: Path, script: Sequence[str], asked: Task) -> Array:
+    """Have a script of `peers/` forecast: its name, then its arguments but for the folder.
+
+    Raises:
+        PeerError: it failed, or forecast something else.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        asked.write(Path(folder))
+        command = [str(python), str(PEERS / script[0]), *script[1:], folder]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise PeerError(f"{' '.join(script)} failed: {done.stderr.strip()[-800:]}")
+        found: Array = answered(Path(folder))
+    expected = (len(asked.origins), asked.horizon, len(asked.levels))
+    if found.shape != expected or not np.isfinite(found).all():
+        raise PeerError(f"{' '.join(script)}: {expected} finite quantiles expected: {found.shape}")
+    return found
 
 
 def _fitted(parts: Splits, config: ModelConfig) -> Network:
@@ -233,11 +295,11 @@ def _inside(returns: Array, quantiles: Array, mass: float) -> Array:
     return np.array(one_by_one, dtype=np.float64)
 
 
-def figures(scores: dict[tuple[str, str], Scores]) -> dict[str, list[float]]:
+def figures(scores: dict[tuple[str, str], Scores], symbol: str = SYMBOL) -> dict[str, list[float]]:
     """What the JSON object tells: pairs of one and five days."""
     ours, walk, garch = (scores["walk-forward", name] for name in (OURS, RW, GARCH))
     fixed, walk250 = scores["fixed", OURS], scores["fixed", RW250]
-    crash = np.arange(len(ours.crps)) < len(held_out(Part("", *SPLITS["walk-forward"][0])).origins)
+    crash = np.arange(len(ours.crps)) < len(held_out(_parts("walk-forward")[0], symbol).origins)
 
     def ratio(mine: Array, other: Array) -> Array:
         return mine.mean(axis=0) / other.mean(axis=0)
@@ -274,19 +336,21 @@ def is_met(name: str, pair: Sequence[float], ours: Scores) -> bool:
 
 
 # showing ------------------------------------------------------------------------------------------
-def table(split: str, names: Sequence[str], scores: dict[tuple[str, str], Scores]) -> Table:
+def table(title: str, split: str, scores: dict[tuple[str, str], Scores]) -> Table:
     """One row a contestant; pairs are one day / five days."""
-    shown = Table(title=f"GOOG, {split}: 1 day / 5 days", title_style="bold")
-    for column in ("", "CRPS bp", "over the walk", "t against GARCH", "80 %", "95 %", "tails bp"):
-        shown.add_column(column, justify="left" if not column else "right")
+    shown = Table(title=f"{title}, {split}: 1 day / 5 days", title_style="bold")
+    columns = ("CRPS bp", "over the walk", "price MAE", "t, GARCH", "80 %", "95 %", "tails bp")
+    for column in ("", *columns):
+        shown.add_column(column, justify="right" if column else "left", no_wrap=True)
     walk, garch = scores[split, RW], scores[split, GARCH]
-    for name in names:
+    for name in [name for where, name in scores if where == split]:
         each = scores[split, name]
         t = [metrics.diebold_mariano(d, LAG)[0] for d in (each.crps - garch.crps).T]
         shown.add_row(
             name,
             _pair(each.crps.mean(axis=0), ".1f"),
             _pair(each.crps.mean(axis=0) / walk.crps.mean(axis=0), ".4f"),
+            _pair(each.mae, ".3f"),
             "" if name == GARCH else _pair(t, ".1f"),
             _pair(each.coverage(0), ".1f"),
             _pair(each.coverage(1), ".1f"),
@@ -322,46 +386,76 @@ def margins(ours: Scores) -> str:
     return "standard errors of the walk-forward coverage, 1 day / 5 days, " + ", ".join(told)
 
 
-def main() -> int:
-    """Run, and print tables and figures; 1 if a bar is missed."""
-    parser = argparse.ArgumentParser(description="Quality of the forecasts on honest splits.")
-    parser.add_argument("--seeds", type=int, default=5)
-    options = parser.parse_args()
-    console, began = Console(width=None if sys.stdout.isatty() else 120), time.monotonic()
-    seeds = range(1, options.seeds + 1)
-    learned = (OURS, UNTRAINED, SHUFFLED)
-    jobs = [Job(name, part, seed) for part in PARTS for name in learned for seed in seeds]
-    jobs += [Job(name, part, 0) for part in PARTS for name in (*CLASSICAL, OFF)]
+def run(jobs: Sequence[Job]) -> dict[Job, Array]:
+    """The quantiles of every job, one process a core."""
     made: dict[Job, Array] = {}
     os.environ["OMP_NUM_THREADS"] = "1"  # of the workers: there is one a core
     workers = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for job, quantiles in zip(jobs, pool.map(forecast, jobs), strict=True):
             made[job] = quantiles
-            print(f"{len(made):4d}/{len(jobs)}  {job.name}, {job.part.first}", file=sys.stderr)
+            told = f"{len(made):4d}/{len(jobs)}  {job.symbol}, {job.name}, {job.part.first}"
+            print(told, file=sys.stderr)
+    return made
+
+
+def compare(
+    symbol: str, names: Sequence[str], seeds: Sequence[int]
+) -> dict[tuple[str, str], Scores]:
+    """Scores by split and name."""
+    each = {name: seeds if name in LEARNED else (0,) for name in names}
+    jobs = [
+        Job(name, part, seed, symbol) for name in names for part in PARTS for seed in each[name]
+    ]
+    made = run(jobs)
     scores = {}
     for split in SPLITS:
-        parts = [part for part in PARTS if part.split == split]
-        test = join([held_out(part) for part in parts])
-        for name in (*CLASSICAL, OFF, *learned):
+        parts = _parts(split)
+        test = join([held_out(part, symbol) for part in parts])
+        for name in names:
             runs = [
-                np.concatenate([made[Job(name, part, seed)] for part in parts])
-                for seed in (seeds if name in learned else (0,))
+                np.concatenate([made[Job(name, part, seed, symbol)] for part in parts])
+                for seed in each[name]
             ]
             scores[split, name] = Scores.of(runs, test.returns, test.last_close)
-        console.print(table(split, (*CLASSICAL, UNTRAINED, SHUFFLED, OFF, OURS), scores))
+    return scores
+
+
+def tell(symbol: str, scores: dict[tuple[str, str], Scores]) -> tuple[dict[str, list[float]], bool]:
+    """Print tables and lines; the figures, and whether every bar is reached."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    for split in SPLITS:
+        console.print(table(symbol, split, scores))
     for line in contribution(scores):
         print(line)
-    found, ours = figures(scores), scores["walk-forward", OURS]
+    found, ours = figures(scores, symbol), scores["walk-forward", OURS]
     print(margins(ours))
     met = {name: is_met(name, pair, ours) for name, pair in found.items()}
     for name, pair in found.items():
         sense, bars = BARS[name]
         told = f"{pair[0]} / {pair[1]}, {sense} {bars[0]} / {bars[1]}"
         print(f"{name:22} {told} {'ok' if met[name] else 'MISSED'}")
+    return found, all(met.values())
+
+
+def main() -> int:
+    """Run, and print tables and figures; 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(description="Quality of the forecasts on honest splits.")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--without-peers", action="store_true", help="no environment but ours")
+    parser.add_argument("--reserved", action="store_true", help="AAPL, IBM and MSFT instead; once")
+    options = parser.parse_args()
+    began, seeds = time.monotonic(), range(1, options.seeds + 1)
+    names = (*CLASSICAL, *LEARNED[:-1], OFF, OURS)
+    if not options.without_peers:
+        python_of("forecasting")  # before the workers, who would all make it
+        names = (*SCRIPTS, *names)
+    symbols = RESERVED if options.reserved else (SYMBOL,)
+    told = {symbol: tell(symbol, compare(symbol, names, seeds)) for symbol in symbols}
     print(f"{time.monotonic() - began:.0f} s, {options.seeds} seeds")
-    print(json.dumps(found))
-    return 0 if all(met.values()) else 1
+    every = {symbol: found for symbol, (found, _) in told.items()}
+    print(json.dumps(every if options.reserved else every[SYMBOL]))
+    return 0 if all(met for _, met in told.values()) else 1
 
 
 if __name__ == "__main__":

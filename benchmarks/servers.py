@@ -23,6 +23,7 @@ import numpy as np
 import psutil
 
 from benchmarks import windows
+from benchmarks.environments import PEERS, PeerError, python_of
 from benchmarks.windows import FORECASTER, SYMBOL, Case, Window
 from deployments.stack import FOREIGN
 from serving.model_store import ModelStore
@@ -32,8 +33,6 @@ HOST = "127.0.0.1"
 TOLERANCE = 1e-4
 """Largest relative difference of a peer's answer to the expected one."""
 READY_SECONDS, STOP_SECONDS = 120, 20
-PEERS = Path(__file__).resolve().parent / "peers"
-ENVIRONMENTS = PEERS.parent.parent / ".venv-peers"
 QUIET = {
     "BENTOML_DO_NOT_TRACK": "True",
     "DO_NOT_TRACK": "1",
@@ -42,10 +41,6 @@ QUIET = {
     "PYTHONUNBUFFERED": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-
-
-class PeerError(Exception):
-    """A server cannot be installed or started, or does not answer as it must."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +306,7 @@ def _prepare_mlflow(place: Place) -> Launch:
 
 def _prepare_ray_serve(place: Place) -> Launch:
     return Launch(
-        [str(_environment("ray-serve")), str(PEERS / "ray_serve_app.py")],
+        [str(python_of("ray-serve")), str(PEERS / "ray_serve_app.py")],
         {
             "PEER_MODEL": str(place.model),
             "PEER_PORT": str(place.port),
@@ -321,7 +316,7 @@ def _prepare_ray_serve(place: Place) -> Launch:
 
 
 def _prepare_bentoml(place: Place) -> Launch:
-    command = [str(_environment("bentoml")), "-m", "bentoml", "serve", "bentoml_service:Forecast"]
+    command = [str(python_of("bentoml")), "-m", "bentoml", "serve", "bentoml_service:Forecast"]
     command += ["--host", HOST, "--port", str(place.port), "--working-dir", str(PEERS)]
     return Launch(command, {"PEER_MODEL": str(place.model), "PYTHONDONTWRITEBYTECODE": "1"})
 
@@ -347,29 +342,9 @@ def _prepare_mlserver(place: Place) -> Launch:
     folder.mkdir()
     for name, value in (("settings", settings), ("model-settings", model)):
         (folder / f"{name}.json").write_text(json.dumps(value))
-    command = [str(_environment("mlserver").with_name("mlserver")), "start", str(folder)]
+    command = [str(python_of("mlserver").with_name("mlserver")), "start", str(folder)]
     environment = {"PYTHONPATH": str(PEERS), "PYTHONDONTWRITEBYTECODE": "1"}
     return Launch(command, environment)
-
-
-def _environment(peer: str) -> Path:
-    """Python of a peer's own environment, made on first use and again when its pins change.
-
-    Raises:
-        PeerError: pip could not install it.
-    """
-    wanted, folder = PEERS / f"{peer}.txt", ENVIRONMENTS / peer
-    python, installed = folder / "bin" / "python", folder / "installed.txt"
-    if installed.is_file() and installed.read_bytes() == wanted.read_bytes():
-        return python
-    print(f"installing {peer} into {folder} ...", flush=True)
-    ENVIRONMENTS.mkdir(exist_ok=True)
-    (ENVIRONMENTS / ".gitignore").write_text("*\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for command in ([sys.executable, "-m", "venv", str(folder)], [*pip, "-r", str(wanted)]):
-        run(command, dict(os.environ))
-    shutil.copyfile(wanted, installed)
-    return python
 
 
 _OIP = Endpoint(f"/v2/models/{FORECASTER}/infer", windows.oip_body, windows.oip_answer)
