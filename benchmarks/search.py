@@ -91,7 +91,9 @@ def search(name: str, trials: int, windows: int) -> float:
     with tempfile.TemporaryDirectory() as home:
         command = [sys.executable, "-m", f"benchmarks.peers.{name}"]
         # what our entry points set before Python starts, others have to know of
-        own = {"HOME": home} | (ALLOCATOR if name == "search_ours" else {})
+        own = {"HOME": home, "RAY_ADDRESS": "local"}
+        if name == "search_ours":
+            own = ALLOCATOR | {"HOME": home}
         began = time.perf_counter()
         done = subprocess.run(
             [*command, str(trials), str(EPOCHS), str(windows)],

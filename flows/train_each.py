@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @flow(name="train-each")
 def train_each(symbols: list[str], as_of: date | None = None) -> list[TrainResult]:
-    """Train an own forecaster for each symbol on what is known on `as_of`; the gate decides on each.
+    """Train an own forecaster for each symbol on what is known on `as_of`; the gate judges each.
 
     Windows, search, fit and scores of a symbol are one piece of work on Ray, as many at a time as
     `PERENNIAL_CONCURRENCY` says; verdicts and promotions are written down as they come in. A

@@ -22,11 +22,13 @@ from urllib.parse import urlsplit
 
 import psutil
 import ray
+from ray.exceptions import RayError, RayTaskError
 
-from forecasting.errors import ConfigError, ServiceError
+from forecasting.errors import ConfigError, ServiceError, TrainingError
 from forecasting.settings import Settings
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 RETRIES = 3
 """How often something is done again whose worker or node was lost."""
@@ -64,7 +66,8 @@ def spread(
         work: a function of a module, which workers import.
         items: what it is called with.
     """
-    waiting, flying = iter(items), {}
+    waiting = iter(items)
+    flying: dict[Any, T] = {}
     # on a Ray of one's own the next ones lie ready for a worker that is done
     room = settings.concurrency * (1 if settings.ray_address else 2)
     with scratch() as folder, running(settings, folder):
@@ -78,8 +81,10 @@ def spread(
             item = flying.pop(done)
             try:
                 found: R | Exception = ray.get(done)
-            except Exception as error:  # noqa: BLE001  (of one item; the caller decides)
+            except RayTaskError as error:  # of one item; the caller decides
                 found = error
+            except RayError as error:
+                found = TrainingError(f"Its worker was lost {1 + RETRIES} times: {error}")
             yield item, found
 
 

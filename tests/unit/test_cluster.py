@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,10 +33,11 @@ TRIALS, EPOCHS = 4, 80
 
 @contextmanager
 def _node(
-    folder: Path, name: str, options: list[str], where: tuple[str, ...] = ()
+    folder: Path, short: str, name: str, options: list[str], where: tuple[str, ...] = ()
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`ray start` in a session of its own, perhaps in another network namespace."""
-    home = os.environ | {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {"HOME": str(folder), "RAY_TMPDIR": short, "RAY_USAGE_STATS_ENABLED": "0"}
+    home = os.environ | own
     start = [*where, RAY, "start", "--block", "--num-cpus=1", "--object-store-memory=134217728"]
     log = folder / f"{name}.log"
     with log.open("wb") as out:
@@ -138,14 +140,16 @@ def _settings(home: Path, **changes: object) -> Settings:
 def test_a_node_lost_in_mid_search_loses_no_trial(tmp_path):
     with ExitStack() as stack:
         head_ip, second_ip, inside = stack.enter_context(_another_machine())
+        # names of sockets are short, and Ray's default is where another cluster is looked for
+        short = stack.enter_context(tempfile.TemporaryDirectory(prefix="ray"))
         port = free_port()
         address = f"{head_ip}:{port}"
         start = ["--head", f"--port={port}", "--include-dashboard=false"]
         head = stack.enter_context(
-            _node(tmp_path, "head", [*start, f"--node-ip-address={head_ip}"])
+            _node(tmp_path, short, "head", [*start, f"--node-ip-address={head_ip}"])
         )
         join = [f"--address={address}", f"--node-ip-address={second_ip}"]
-        second = stack.enter_context(_node(tmp_path, "second", join, inside))
+        second = stack.enter_context(_node(tmp_path, short, "second", join, inside))
         settings = _settings(tmp_path / "cluster", ray_address=address, concurrency=2)
         result, told, is_left = _in_a_process(_search, settings, second.pid)
         assert is_left
