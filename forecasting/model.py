@@ -275,7 +275,8 @@ class _Training(LightningModule):
 
     def _save(self) -> None:
         """Write the checkpoint beside the last one, then put it in its place."""
-        part = self.folder / f"{CHECKPOINT}.part"
+        part = self.folder / f"{CHECKPOINT}.{os.getpid()}"
+        self.folder.mkdir(parents=True, exist_ok=True)  # a run of the same fit may have ended
         self.trainer.save_checkpoint(part)
         if self.trainer.is_global_zero:
             part.replace(self.folder / CHECKPOINT)
@@ -453,7 +454,6 @@ def _run(
     training: _Training, epochs: int, resume: Path | None, accelerator: str, workers: int
 ) -> None:
     """Train; afterwards `training` holds history and best weights."""
-    training.folder.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(
         accelerator=accelerator,
         devices=workers,
