@@ -214,7 +214,8 @@ class Training:
         key = cache_key("search", md5, tuning)
         found: Found = _step(search, settings, splits, self.run_id, self.search_tags, key=key)
         show_search(self.registry, self.run_id, found)
-        fitting = tuning | self.picked("fit_epochs") | {"config": asdict(found.config)}
+        fitting = tuning | self.picked("fit_epochs", "fit_workers", "accelerator")
+        fitting |= {"config": asdict(found.config)}
         key = cache_key("fit", md5, fitting)
         candidate: Candidate = _step(fit, settings, splits, found.config, key=key)
         self.log_fit(candidate, {**fitting, "search_run": found.run_id})
