@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+METRIC = "validation_crps_bp"
+"""What a search minimises: mean CRPS on validation windows, basis points of log return."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:

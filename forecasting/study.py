@@ -16,10 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
-import plotly.graph_objects as go
 from filelock import FileLock
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.importance import FanovaImportanceEvaluator
@@ -28,9 +27,10 @@ from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
-from optuna.visualization import plot_parallel_coordinate, plot_param_importances
 
-METRIC = "validation_crps_bp"
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
 SPACE: Mapping[str, BaseDistribution] = {
     "hidden": CategoricalDistribution([8, 16, 32]),
     "dropout": FloatDistribution(0.0, 0.4),
@@ -75,7 +75,7 @@ class Told:
     Attributes:
         number: from 0, as proposed.
         params: as proposed.
-        scores: `METRIC` after each step, from step 1 (lower is better).
+        scores: `hyperparameters.METRIC` after each step, from step 1 (lower is better).
         status: see `Status`.
         error: why it failed.
         ended: when; None while it runs.
@@ -237,8 +237,11 @@ class Study:
         found = optuna.importance.get_param_importances(self._study, evaluator=_fanova())
         return {name: float(value) for name, value in found.items()}
 
-    def figures(self) -> tuple[go.Figure, ...]:
+    def figures(self) -> "tuple[go.Figure, ...]":
         """Parallel coordinates and importances; none where there is nothing to compare."""
+        # a search that has only begun needs neither
+        from optuna.visualization import plot_parallel_coordinate, plot_param_importances
+
         if not self._can_compare():
             return ()
         coordinates = plot_parallel_coordinate(

@@ -11,7 +11,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -37,6 +37,7 @@ _SCRATCH = "perennial-search-"
 _WORKER_ENVIRONMENT = {
     # one thread a trial; malloc that keeps its memory makes the same LSTM 1.3-1.8x faster
     "OMP_NUM_THREADS": "1",
+    "PL_DISABLE_FORK": "1",  # as Tune would set it
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(8 * 1024**3),
 }
@@ -48,7 +49,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the run, not only the experiment
 }
-_MODULES = ("forecasting.model", "tasks.search")
+_MODULES = ("forecasting.model", "tasks.trials")
 """What a worker needs, imported as it starts and not in its first trial."""
 _SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
 
@@ -111,21 +112,38 @@ def _sweep(memory: Path) -> None:
 
 
 @contextmanager
-def running(settings: Settings, folder: Path) -> Iterator[None]:
-    """Ray for the time of a search: the cluster of `ray_address`, else one in this process.
+def running(settings: Settings, folder: Path, meanwhile: Sequence[str] = ()) -> Iterator[None]:
+    """Ray for the time of a job: the cluster of `ray_address`, else one in this process.
 
     A Ray that the caller has started already is used and left running.
+
+    Args:
+        settings: ray_address, concurrency.
+        folder: short-lived, for what Ray writes.
+        meanwhile: modules to import while Ray starts, which is mostly waiting.
     """
     own = {} if settings.ray_address else _private(folder)
     with _environment(_ENVIRONMENT | _WORKER_ENVIRONMENT | own), _signals_kept():
         if ray.is_initialized():
             yield
             return
-        _start_ray(settings, folder)
+        with _imported(meanwhile):
+            _start_ray(settings, folder)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _imported(names: Sequence[str]) -> Iterator[None]:
+    """Import modules in another thread."""
+    thread = threading.Thread(target=lambda: [import_module(name) for name in names], daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _private(folder: Path) -> dict[str, str]:

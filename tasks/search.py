@@ -8,24 +8,26 @@ system, so that the nodes of a cluster need none in common.
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from forecasting.errors import TrainingError
-from forecasting.hyperparameters import ModelConfig
+from forecasting.hyperparameters import METRIC, ModelConfig
 from forecasting.settings import Settings
-from forecasting.study import METRIC, Proposal, Status, Study, Told
+from forecasting.study import Proposal, Status, Study, Told
 from forecasting.windows import Splits, folds
 from tasks import cluster
-from tasks.trials import run_folds
+from tasks.trials import run_folds, run_trial
 
 OnTrial = Callable[[int, Mapping[str, object], Sequence[float], Status], object]
 """Called with number, configuration, score in bp after each epoch, and status as a trial ends."""
@@ -112,9 +114,9 @@ def run_search(
     began = time.monotonic()
     board = _Board(study, settings, splits, on_trial, on_progress)
     if board.has_room():
-        with cluster.scratch() as folder, cluster.running(settings, folder):
+        with cluster.scratch() as folder, cluster.running(settings, folder), _prestarted():
             tune.Tuner(
-                tune.with_parameters(_trial, splits=splits, settings=settings.for_workers()),
+                tune.with_parameters(run_trial, splits=splits, settings=settings.for_workers()),
                 tune_config=tune.TuneConfig(
                     num_samples=-1,
                     max_concurrent_trials=settings.concurrency,
@@ -173,22 +175,19 @@ class _Stopped(Exception):  # noqa: N818  (no error: the study has stopped a tri
     """A trial need not go on."""
 
 
-def _trial(config: dict[str, Any], splits: Splits, settings: Settings) -> None:
-    """A trial in a worker of Tune.
+@contextmanager
+def _prestarted() -> Iterator[None]:
+    """Let Tune's actors run in the workers that Ray has started and that have imported torch.
 
-    What goes wrong in it is reported as well: Tune would try again, which is for lost workers.
+    Tune gives its actors a variable of their own, for which Ray would start new processes; all of
+    our workers have it already.
     """
-
-    def report(step: int, score: float, checkpoint: bytes | None) -> None:
-        told: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
-        tune.report({METRIC: score, "step": step, **told})
-
-    kept = config["checkpoint"]
-    checkpoint = None if kept is None else ray.get(kept)
+    own = dict(class_cache.DEFAULT_ENV_VARS)
+    class_cache.DEFAULT_ENV_VARS.clear()
     try:
-        run_folds(config["params"], checkpoint, splits, settings, report)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the trial has failed and says why)
-        tune.report({METRIC: math.inf, "error": f"{type(error).__name__}: {error}"})
+        yield
+    finally:
+        class_cache.DEFAULT_ENV_VARS.update(own)
 
 
 class _Board:

@@ -101,6 +101,15 @@ def search(
         tags: `symbol`, `as_of` and `dataset_md5`, for the search's run and its trials.
         key: names the result in the cache, and the study on disk.
     """
+    from tasks import cluster
+
+    with cluster.scratch() as scratch, cluster.running(settings, scratch, ("tasks.progress",)):
+        return _searched(settings, splits, parent_run, tags, key)
+
+
+def _searched(
+    settings: Settings, splits: Splits, parent_run: str, tags: dict[str, str], key: str
+) -> Found:
     from forecasting.study import open_study
     from tasks.progress import shown
     from tasks.search import run_search

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import ray
+from ray import tune
 
-from forecasting.hyperparameters import ModelConfig
+from forecasting.hyperparameters import METRIC, ModelConfig
 from forecasting.settings import Settings
 from forecasting.windows import Splits, folds
 
@@ -86,3 +88,21 @@ def _fit_fold(
             accelerator="cpu",
         )
     return _State([*state.scores, best], math.inf, b"")
+
+
+def run_trial(config: dict[str, Any], splits: Splits, settings: Settings) -> None:
+    """A trial in a worker of Tune.
+
+    What goes wrong in it is reported as well: Tune would try again, which is for lost workers.
+    """
+
+    def report(step: int, score: float, checkpoint: bytes | None) -> None:
+        told: dict[str, Any] = {} if checkpoint is None else {"checkpoint": checkpoint}
+        tune.report({METRIC: score, "step": step, **told})
+
+    kept = config["checkpoint"]
+    checkpoint = None if kept is None else ray.get(kept)
+    try:
+        run_folds(config["params"], checkpoint, splits, settings, report)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the trial has failed and says why)
+        tune.report({METRIC: math.inf, "error": f"{type(error).__name__}: {error}"})

@@ -13,8 +13,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from benchmarks.search import SEED, parts
 from forecasting import model
-from forecasting.hyperparameters import ModelConfig
-from forecasting.study import METRIC
+from forecasting.hyperparameters import METRIC, ModelConfig
 
 
 def main() -> int:

@@ -14,10 +14,10 @@ import pytest
 import ray
 
 from forecasting.errors import ConfigError, RegistryError, ServiceError, TrainingError
-from forecasting.hyperparameters import ModelConfig
+from forecasting.hyperparameters import METRIC, ModelConfig
 from forecasting.model import fit
 from forecasting.settings import Settings, load_settings
-from forecasting.study import METRIC, open_study
+from forecasting.study import open_study
 from forecasting.windows import Splits, folds, make_windows, split
 from tasks.cluster import _sweep
 from tasks.search import Progress, SearchResult, run_search, search_here
@@ -143,7 +143,7 @@ KILLED = """
 import os, signal, sys
 from dataclasses import asdict
 from pathlib import Path
-from forecasting.hyperparameters import ModelConfig
+from forecasting.hyperparameters import METRIC, ModelConfig
 from forecasting.settings import load_settings
 from forecasting.study import open_study
 from forecasting.windows import make_windows, split
