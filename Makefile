@@ -73,6 +73,10 @@ bench-training: $(STAMP) ## measure a fit beside a plain loop; the last line is 
 bench-search: $(STAMP) ## measure a search beside Ray's defaults; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.search
 
+.PHONY: bench-fleet
+bench-fleet: $(STAMP) ## measure 50 symbols trained by one worker and two; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.fleet
+
 .PHONY: format
 format: $(STAMP) ## format and fix imports
 	$(BIN)/ruff check --fix .

@@ -113,9 +113,9 @@ def search(name: str, trials: int, windows: int) -> float:
 
 
 def calibrated(seconds: float) -> int:
-    """How many windows make a trial last that long on this machine, alone on its core."""
-    probe = 2000
-    each = pure(CORES, probe) / CORES
+    """How many windows make a trial last that long on this machine, one a core."""
+    probe, trials = 2000, 4 * CORES
+    each = pure(trials, probe) / trials
     return int(probe * seconds / each)
 
 

@@ -3,6 +3,7 @@
 With `tasks.search` the only room that knows Ray.
 """
 
+import gc
 import logging
 import os
 import secrets
@@ -49,8 +50,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends the run, not only the experiment
 }
-_MODULES = ("forecasting.model", "tasks.trials")
-"""What a worker needs, imported as it starts and not in its first trial."""
+_WARM = "tasks.warm"
 _SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
 
 
@@ -137,13 +137,17 @@ def running(settings: Settings, folder: Path, meanwhile: Sequence[str] = ()) -> 
 
 @contextmanager
 def _imported(names: Sequence[str]) -> Iterator[None]:
-    """Import modules in another thread."""
+    """Import modules in another thread, undisturbed by the garbage collector (see `warm`)."""
     thread = threading.Thread(target=lambda: [import_module(name) for name in names], daemon=True)
+    collects = gc.isenabled()
+    gc.disable()
     thread.start()
     try:
         yield
     finally:
         thread.join()
+        if collects:
+            gc.enable()
 
 
 def _private(folder: Path) -> dict[str, str]:
@@ -154,7 +158,7 @@ def _private(folder: Path) -> dict[str, str]:
     return {
         "TMPDIR": str(folder),
         "RAY_AUTH_TOKEN": _token(),
-        "RAY_preload_python_modules": ",".join(_MODULES),  # while the driver goes on
+        "RAY_preload_python_modules": _WARM,  # while the driver goes on
     }
 
 
@@ -208,8 +212,7 @@ def _knock(address: str) -> None:
 
 def warm_up() -> None:
     """Run in each new worker, so that its imports are not part of its first trial."""
-    for name in _MODULES:
-        import_module(name)
+    import_module(_WARM)
 
 
 @contextmanager

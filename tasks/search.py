@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.air._internal import usage
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
@@ -114,7 +115,7 @@ def run_search(
     began = time.monotonic()
     board = _Board(study, settings, splits, on_trial, on_progress)
     if board.has_room():
-        with cluster.scratch() as folder, cluster.running(settings, folder), _prestarted():
+        with cluster.scratch() as folder, cluster.running(settings, folder), _lean():
             tune.Tuner(
                 tune.with_parameters(run_trial, splits=splits, settings=settings.for_workers()),
                 tune_config=tune.TuneConfig(
@@ -176,18 +177,22 @@ class _Stopped(Exception):  # noqa: N818  (no error: the study has stopped a tri
 
 
 @contextmanager
-def _prestarted() -> Iterator[None]:
-    """Let Tune's actors run in the workers that Ray has started and that have imported torch.
+def _lean() -> Iterator[None]:
+    """Take two things out of Tune that cost as much as a few trials.
 
-    Tune gives its actors a variable of their own, for which Ray would start new processes; all of
-    our workers have it already.
+    Its actors get a variable of their own, for which Ray would start new processes beside those
+    that have imported torch already; all of our workers have that variable. And it counts
+    callbacks for its makers' statistics, which are off, and imports MLflow for that.
     """
     own = dict(class_cache.DEFAULT_ENV_VARS)
+    count = usage._count_callbacks
     class_cache.DEFAULT_ENV_VARS.clear()
+    usage._count_callbacks = lambda callbacks: {}
     try:
         yield
     finally:
         class_cache.DEFAULT_ENV_VARS.update(own)
+        usage._count_callbacks = count
 
 
 class _Board:
