@@ -22,6 +22,7 @@ from forecasting.model import (
     crps,
     export_onnx,
     fit,
+    quantiles_of_returns,
 )
 from forecasting.network import Network
 from forecasting.windows import Splits, make_windows, split
@@ -121,6 +122,18 @@ def test_intervals_are_as_wide_as_new_days_ask_for_and_never_narrower(fitted, sp
         held = (returns >= stretched[..., low]) & (returns <= stretched[..., high])
         assert held.float().mean() >= mass - 0.03
     assert torch.equal(fitted.network.volatility.shape, before)
+
+
+def test_a_served_answer_is_the_backtests(fitted, splits, tmp_path):
+    """One window from raw rows, as the server asks, beside returns as the benchmark scores them."""
+    _exported(fitted, tmp_path / "model")
+    served = _load(fitted, tmp_path / "model")
+    gate = splits.gate
+    scored = gate.last_close[:, None, None] * np.exp(quantiles_of_returns(fitted.network, gate))
+    for row in range(0, len(gate), 7):
+        one = slice(row, row + 1)
+        answer = served.predict(gate.ohlcv[one], gate.dates[one], gate.symbol[one])
+        np.testing.assert_allclose(answer, scored[one], rtol=1e-6)
 
 
 def test_the_export_gives_what_torch_gives(fitted, splits, tmp_path):
