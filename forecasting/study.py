@@ -6,6 +6,7 @@ its last checkpoint. TPE proposes (multivariate, with a penalty near what is sti
 asynchronous successive halving (ASHA, Li et al. 2018) stops what falls behind.
 """
 
+import json
 import logging
 import math
 import shutil
@@ -56,7 +57,8 @@ _STATUS: dict[TrialState, Status] = {
     TrialState.FAIL: "FAILED",
 }
 _STATE = {status: state for state, status in _STATUS.items()}
-_RUN, _ERROR = "run_id", "error"
+_RUN, _ERROR, _JOURNAL = "run_id", "error", "study.journal"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Study:
         space: Mapping[str, BaseDistribution] = SPACE,
     ) -> None:
         self.folder, self.space, self._seed = folder, dict(space), seed
-        storage = JournalStorage(JournalFileBackend(str(folder / "study.journal")))
+        storage = JournalStorage(JournalFileBackend(str(folder / _JOURNAL)))
         self._study = optuna.create_study(
             storage=storage,
             study_name="search",
@@ -279,12 +281,34 @@ def open_study(
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
     with FileLock(folder / "lock"), _quiet():
+        _mend(folder)
         yield Study(folder, seed=seed, grace=grace, space=space)
+
+
+def _mend(folder: Path) -> None:
+    """Take away what a process that died while it wrote has left: a lock, and half a line.
+
+    A journal that cannot be read for another reason is put aside, and the search starts anew.
+    """
+    journal = folder / _JOURNAL
+    journal.with_name(f"{_JOURNAL}.lock").unlink(missing_ok=True)  # ours keeps others out
+    if not journal.is_file():
+        return
+    whole, _, half = journal.read_bytes().rpartition(b"\n")
+    if half:
+        journal.write_bytes(whole + b"\n" if whole else b"")
+    try:
+        for line in whole.splitlines():
+            json.loads(line)
+    except ValueError as error:
+        aside = journal.with_name(f"{_JOURNAL}.damaged")
+        journal.replace(aside)
+        _log.warning("The search starts anew: its journal %s cannot be read: %s", aside, error)
 
 
 def _sweep(studies: Path) -> None:
     oldest = time.time() - KEPT_SECONDS
-    for journal in studies.glob("*/study.journal"):
+    for journal in studies.glob(f"*/{_JOURNAL}"):
         if journal.stat().st_mtime < oldest:
             shutil.rmtree(journal.parent, ignore_errors=True)
 

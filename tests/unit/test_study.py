@@ -135,6 +135,31 @@ def test_a_second_process_waits_and_old_studies_go(tmp_path):
     FileLock(tmp_path / "new" / "lock").acquire(timeout=0).lock.release()
 
 
+def test_what_a_process_left_that_died_while_it_wrote_is_mended(tmp_path):
+    with open_study(tmp_path / "key", seed=7, grace=9) as study:
+        study.report(study.propose().number, 1, 5.0)
+    journal = tmp_path / "key" / "study.journal"
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 5, "half')
+    journal.with_name("study.journal.lock").symlink_to(journal)
+    began = time.monotonic()
+    with open_study(tmp_path / "key", seed=7, grace=9) as study:
+        study.propose()
+        study.report(0, 2, 4.0)
+        assert study.told(0).scores == (5.0, 4.0)
+    assert time.monotonic() - began < 10
+
+
+def test_a_journal_that_is_none_is_put_aside(tmp_path, caplog):
+    (tmp_path / "key").mkdir()
+    (tmp_path / "key" / "study.journal").write_bytes(b"\x00garbage\n{}\n")
+    with open_study(tmp_path / "key", seed=7, grace=9) as study:
+        assert study.trials == []
+        assert study.propose().number == 0
+    assert "starts anew" in caplog.text
+    assert (tmp_path / "key" / "study.journal.damaged").is_file()
+
+
 def test_import_is_without_effect_and_without_torch():
     code = "import sys, forecasting.study; print({'torch', 'ray', 'mlflow'} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
