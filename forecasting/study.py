@@ -249,12 +249,15 @@ class Study:
         coordinates = plot_parallel_coordinate(
             self._study, [*self.space], target_name="validation CRPS, bp"
         )
-        return coordinates, plot_param_importances(self._study, _fanova())
+        coordinates.update_layout(title="Trials that ran to their end; the darker the better")
+        importances = plot_param_importances(self._study, _fanova())
+        importances.update_layout(title="What each parameter matters (fANOVA)")
+        return coordinates, importances
 
     def page(self) -> str:
         """Both plots as one HTML page that needs no network; empty where there are none."""
         return "".join(
-            figure.to_html(full_html=False, include_plotlyjs=number == 0)
+            figure.update_layout(height=480).to_html(full_html=False, include_plotlyjs=number == 0)
             for number, figure in enumerate(self.figures())
         )
 
