@@ -1,6 +1,6 @@
 """Ray for the time of one job: a private one in this process, or the cluster of `ray_address`.
 
-With `tasks.search` the only room that knows Ray.
+With `tasks.search` and `tasks.trials` the only room that knows Ray.
 """
 
 import gc
