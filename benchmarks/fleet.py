@@ -31,7 +31,7 @@ from tasks.fleet import Job, make
 
 REAL = ("AAPL", "GOOG", "IBM", "MSFT")
 DAY = date(2008, 12, 31)
-SEARCH = {"trials": 4, "epochs": 10, "fit_epochs": 20, "folds": 1}
+SEARCH = {"trials": 2, "epochs": 5, "fit_epochs": 10, "folds": 1}
 BAR = 0.8
 
 

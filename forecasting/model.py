@@ -64,6 +64,10 @@ CLIP_NORM = 1.0
 OPSET = 17
 MASSES = (0.8, 0.95)
 """Of the central intervals that validation calibrates."""
+YEARLY = 0.12
+"""Standard deviation of the width that is asked for, from year to year."""
+_WIDTH_ERROR = 0.89
+"""Standard error, times the root of n, of a width from where 80 % of n normal outcomes lie."""
 _TINY = 1e-9
 _INPUTS = ("ohlcv", "dates", "symbol")
 _BP = 1e4
@@ -408,7 +412,8 @@ def _widths(network: Network, inputs: _Inputs) -> Tensor:
     Residuals that a regression was fitted on, and corrections that were learned on them, are
     smaller than those to come. The mean of the factors at which the central intervals of `MASSES`
     hold what they say (split conformal prediction, Papadopoulos et al. 2002), but never narrower:
-    a calm validation promises nothing.
+    a calm validation promises nothing. It is believed as far as its error is small beside what such
+    factors differ by from year to year; outcomes of h days overlap, so n windows are n / h.
 
     Returns:
         [horizon], at least 1.
@@ -420,7 +425,9 @@ def _widths(network: Network, inputs: _Inputs) -> Tensor:
         above = returns / quantiles[..., high].clamp(min=_TINY)
         below = returns / quantiles[..., low].clamp(max=-_TINY)
         factors.append(torch.quantile(torch.where(returns > 0, above, below), mass, dim=0))
-    return torch.stack(factors).mean(0).clamp(min=1)
+    wanted = torch.stack(factors).mean(0).clamp(min=1)
+    error = _WIDTH_ERROR**2 * torch.arange(1, returns.shape[1] + 1) / len(returns)
+    return 1 + (wanted - 1) * YEARLY**2 / (YEARLY**2 + error)
 
 
 def _switched_off(training: _Training) -> float:

@@ -122,6 +122,7 @@ def running(settings: Settings, folder: Path, meanwhile: Sequence[str] = ()) -> 
         folder: short-lived, for what Ray writes.
         meanwhile: modules to import while Ray starts, which is mostly waiting.
     """
+    tempfile.gettempdir()  # remembered from here on: TMPDIR is another for Ray's own processes
     own = {} if settings.ray_address else _private(folder)
     with _environment(_ENVIRONMENT | _WORKER_ENVIRONMENT | own), _signals_kept():
         if ray.is_initialized():

@@ -274,7 +274,7 @@ def test_another_parameter_searches_again(settings, home, no_ray, changes, as_of
         pytest.raises(ServiceError, match="No Ray cluster answers"),
     ):
         train(symbol="GOOG", as_of=as_of)
-    failed = all_runs(settings)[-2]
+    failed = all_runs(settings)[-1]
     assert (failed.data.tags["as_of"], failed.info.status) == (str(as_of), "FAILED")
     states = task_states(failed.data.tags["flow_run_id"])
     assert (states["windows"], states["search"]) == (windows, "Failed")

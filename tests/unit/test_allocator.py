@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from deployments.stack import ALLOCATOR, PREFECT_FILE, Stack
-from tasks.search import _WORKER_ENVIRONMENT
+from tasks.cluster import _WORKER_ENVIRONMENT
 
 DEPLOYMENTS = yaml.safe_load(PREFECT_FILE.read_text())["deployments"]
 

@@ -32,7 +32,7 @@ from forecasting.contract import (
 from forecasting.gate import Evidence, GateVerdict, Rule, judge
 from forecasting.hyperparameters import ModelConfig
 from forecasting.model import Fitted
-from forecasting.windows import Splits, make_windows, split
+from forecasting.windows import Splits, join, make_windows, split
 from tests.market import goog
 from tests.models import write_model_folder
 
@@ -40,6 +40,8 @@ AS_OF = date(2007, 6, 29)
 EARLIER = date(2006, 6, 30)
 FRAME = goog(AS_OF.isoformat())
 CONTEXT, HORIZON, DAYS = 64, 5, 120
+CALMER = 0.96
+"""Of the gate's days beside those before them: a network this much narrower is about right."""
 Write = Callable[..., Path]
 
 
@@ -54,8 +56,8 @@ def fitted(splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 
 @pytest.fixture
-def write(fitted: Fitted, tmp_path: Path) -> Write:
-    """Write the network as a model version, its quantiles `width` times as wide.
+def write(fitted: Fitted, splits: Splits, tmp_path: Path) -> Write:
+    """Write the network as a model version, its quantiles `width` times as wide as is right.
 
     Of `cut` quantiles at either end all are as near as the next one.
     """
@@ -64,7 +66,8 @@ def write(fitted: Fitted, tmp_path: Path) -> Write:
         name: str, width: float = 1.0, train_end: date = fitted.train_end, cut: int = 0
     ) -> Path:
         network = copy.deepcopy(fitted.network)
-        shape = network.volatility.shape.mul_(width)
+        network.volatility.estimate(join([splits.train, splits.validation]))
+        shape = network.volatility.shape.mul_(CALMER * width)
         shape[:, :cut] = shape[:, [cut]]
         shape[:, shape.shape[1] - cut :] = shape[:, [-1 - cut]]
         folder = tmp_path / name
