@@ -16,19 +16,10 @@ from sqlalchemy import Engine, select
 from deployments.prefect_api import PrefectApi
 from forecasting import baselines, datasets, metrics
 from forecasting.events import DriftDetected
+from forecasting.model_card import BLUE, GREEN, GREY, INK, ORANGE, RED
 from forecasting.registry import open_registry
 from forecasting.settings import Settings
 from forecasting.store import checks, engine_of, predictions, retrains
-
-INK, BLUE, ORANGE, RED, GREEN, GREY = (
-    "#1c2733",
-    "#2a6fbb",
-    "#d97a1e",
-    "#c23b3b",
-    "#2c8a57",
-    "#9aa7b4",
-)
-
 
 _CONFIG = {"displayModeBar": False}
 
