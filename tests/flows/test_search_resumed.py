@@ -25,7 +25,12 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 def _trials(settings: Settings) -> list[Run]:
-    return [run for run in all_runs(settings) if run.data.tags.get("perennial.kind") == "trial"]
+    """Trials that are logged in full: one that was being logged at the kill is logged anew."""
+    return [
+        run
+        for run in all_runs(settings)
+        if run.data.tags.get("perennial.kind") == "trial" and run.info.status == "FINISHED"
+    ]
 
 
 def _killed_after_a_trial(settings: Settings) -> None:
