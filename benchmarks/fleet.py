@@ -27,7 +27,7 @@ from deployments.stack import ALLOCATOR
 from forecasting import prices, sources
 from forecasting.settings import Settings, load_settings
 from tasks.cluster import spread
-from tasks.fleet import Job, make
+from tasks.fleet import WARM, Job, make
 
 REAL = ("AAPL", "GOOG", "IBM", "MSFT")
 DAY = date(2008, 12, 31)
@@ -81,7 +81,7 @@ def work(symbols: int, workers: int) -> None:
     began = time.perf_counter()
     with TemporaryDirectory() as home:
         settings = load_settings(home=Path(home), concurrency=workers, **SEARCH)
-        made = dict(spread(settings, make, jobs(symbols, settings)))
+        made = dict(spread(settings, make, jobs(symbols, settings), WARM))
     failed = [each for each in made.values() if isinstance(each, Exception)]
     if failed or len(made) != symbols:
         raise SystemExit(f"{len(failed)} of {symbols} symbols failed: {failed[:1]}")

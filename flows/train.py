@@ -25,19 +25,11 @@ from forecasting.registry import PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.cache import cache_key, code_commit
+from tasks.candidate import Candidate, Found, write_candidate
 from tasks.gate import CARD, Judged, gate_scores, judge, show_verdict
 from tasks.ingest import ingest_prices
 from tasks.promote import promote_version
-from tasks.training import (
-    Candidate,
-    Found,
-    fit,
-    prepare_windows,
-    search,
-    show_search,
-    with_peers_of,
-    write_candidate,
-)
+from tasks.training import fit, prepare_windows, search, show_search, with_peers_of
 
 Outcome = Literal["promoted", "refused", "unchanged", "skipped"]
 
@@ -214,7 +206,7 @@ class Training:
         key = cache_key("search", md5, tuning)
         found: Found = _step(search, settings, splits, self.run_id, self.search_tags, key=key)
         show_search(self.registry, self.run_id, found)
-        fitting = tuning | self.picked("fit_epochs", "fit_workers", "accelerator")
+        fitting = tuning | self.picked("fit_epochs", "fit_workers", "fit_threads", "accelerator")
         fitting |= {"config": asdict(found.config)}
         key = cache_key("fit", md5, fitting)
         candidate: Candidate = _step(fit, settings, splits, found.config, key=key)

@@ -19,9 +19,10 @@ from forecasting.errors import DataError, PerennialError
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
+from tasks.candidate import write_candidate
 from tasks.gate import weigh
 from tasks.ingest import ingest_prices
-from tasks.training import first_parameters, log_search, with_peers_of, write_candidate
+from tasks.training import first_parameters, log_search, with_peers_of
 
 if TYPE_CHECKING:
     from tasks.fleet import Job, Made
@@ -77,7 +78,7 @@ class _Fleet:
     def run(self, symbols: list[str]) -> dict[str, TrainResult]:
         """Results by symbol."""
         from tasks.cluster import spread
-        from tasks.fleet import Job, Made, make
+        from tasks.fleet import WARM, Job, Made, make
 
         def jobs() -> Iterator[Job]:
             for symbol in symbols:
@@ -86,7 +87,7 @@ class _Fleet:
                     yield self.job(symbol, held)
 
         try:
-            for job, made in spread(self.settings, make, jobs()):
+            for job, made in spread(self.settings, make, jobs(), WARM):
                 symbol = next(iter(job.frames))
                 training, held = self.flying[symbol]
                 if isinstance(made, Made):

@@ -1,8 +1,8 @@
 """Fit the network with Lightning, judge what it learned, export it to ONNX.
 
 A fit is a function of windows, configuration and seed: on one machine the same three give the
-same bytes. It runs on one CPU thread a worker, leaves torch's global state as it found it, and
-keeps all windows in memory, since they are a few megabytes.
+same bytes. It runs on as many CPU threads as it is told to, leaves torch's global state as it found
+it, and keeps all windows in memory, since they are a few megabytes.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,9 @@ from forecasting.contract import (
 from forecasting.errors import ModelError, TrainingError
 from forecasting.hyperparameters import ModelConfig
 from forecasting.inference import Forecaster
+from forecasting.loss import BP, crps, crps_and_slope
 from forecasting.network import Network, features
+from forecasting.shards import Shards, thread_pool
 from forecasting.windows import Splits, Windows, join
 
 __all__ = [
@@ -70,7 +72,6 @@ _WIDTH_ERROR = 0.89
 """Standard error, times the root of n, of a width from where 80 % of n normal outcomes lie."""
 _TINY = 1e-9
 _INPUTS = ("ohlcv", "dates", "symbol")
-_BP = 1e4
 _log = logging.getLogger(__name__)
 
 
@@ -140,26 +141,7 @@ class _Inputs:
 
     def crps(self, network: Network) -> Tensor:
         """Mean CRPS in bp."""
-        return crps(self.returns, network.correct(self.features, self.sigma)).mean() * _BP
-
-
-def crps(returns: Tensor, quantiles: Tensor) -> Tensor:
-    """CRPS from equally spaced quantiles: twice their mean pinball loss.
-
-    Args:
-        returns: [n, horizon].
-        quantiles: [n, horizon, levels].
-
-    Returns:
-        [n, horizon], in the units of `returns`.
-    """
-    error = returns.unsqueeze(-1) - quantiles
-    return 2 * (_levels(returns.dtype, returns.device) * error + torch.relu(-error)).mean(-1)
-
-
-@cache
-def _levels(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(QUANTILE_LEVELS, dtype=dtype, device=device)
+        return crps(self.returns, network.correct(self.features, self.sigma)).mean() * BP
 
 
 class _OneStep:
@@ -200,7 +182,10 @@ class _Training(LightningModule):
         self.train_inputs = _Inputs.of(network, splits.train)
         self.validation_inputs = _Inputs.of(network, splits.validation)
         self.identity = _identity(config, self.train_inputs, self.validation_inputs)
-        self.order = self.gradient = torch.empty(0)
+        self.order = torch.empty(0)
+        self.threads = 1
+        self.pool: ThreadPoolExecutor | None = None
+        self.shards: Shards
         self.losses: list[Tensor] = []
         self.history: list[EpochScore] = []
         self.best: dict[str, Tensor] = {}
@@ -216,12 +201,8 @@ class _Training(LightningModule):
         self.validation_inputs = self.validation_inputs.to(self.device)
 
     def on_train_start(self) -> None:
-        # one piece of memory, so that zeroing and clipping all gradients are one operation each
-        parameters = list(self.network.parameters())
-        sizes = [each.numel() for each in parameters]
-        self.gradient = torch.zeros(sum(sizes), device=self.device)
-        for parameter, part in zip(parameters, torch.split(self.gradient, sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
+        pool = self.pool if self.device.type == "cpu" else None
+        self.shards = Shards(self.network, self.threads, pool)
         self.trainer.should_stop = self._is_over()
 
     def on_train_epoch_start(self) -> None:
@@ -231,29 +212,36 @@ class _Training(LightningModule):
         self.order = torch.randperm(len(self.train_inputs.returns)).to(self.device)
         if self.global_rank:
             torch.manual_seed(seed + self.global_rank * 1_000_003)  # dropout of its own
+        self.shards.seed(seed)
         self.losses = []
 
     def training_step(self, batch: int, batch_idx: int) -> None:
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
+        gradient = self.shards.gradient
         for rows in torch.split(self.order, self.config.batch_size):
-            loss = self._loss(rows)
-            self.gradient.zero_()
-            self.manual_backward(loss)
-            norm = torch.linalg.vector_norm(self.gradient)
-            self.gradient.mul_((CLIP_NORM / (norm + 1e-6)).clamp(max=1))
+            self.losses.append(self._backward(rows))
+            norm = torch.linalg.vector_norm(gradient)
+            gradient.mul_((CLIP_NORM / (norm + 1e-6)).clamp(max=1))
             optimizer.step()
-            self.losses.append(loss.detach())
 
-    def _loss(self, rows: Tensor) -> Tensor:
-        """Mean CRPS in bp of this worker's part of a batch, so that the workers' mean is its."""
-        workers = self.trainer.world_size
-        if workers == 1:
-            return self.train_inputs.take(rows).crps(self.network)
-        mine = rows[self.global_rank :: workers]
-        share = len(mine) * workers / len(rows)
-        # where the last batch has fewer windows than there are workers, one counts for nothing
-        return share * self.train_inputs.take(mine if share else rows[:1]).crps(self.network)
+    def _backward(self, rows: Tensor) -> Tensor:
+        """Set the gradient of a batch; its mean CRPS in bp, or what the workers' mean of it is of.
+
+        Each worker has its part of the batch, and weighs it so that their mean is the batch's.
+        """
+        mine, share = rows, 1.0
+        if (workers := self.trainer.world_size) > 1:
+            mine = rows[self.global_rank :: workers]
+            share = len(mine) * workers / len(rows)
+            # where the last batch has fewer windows than there are workers, one counts for nothing
+            mine = mine if share else rows[:1]
+        inputs, network = self.train_inputs, self.network
+        corrections = self.shards.corrections(inputs.features, mine)
+        sigma, returns = (each.index_select(0, mine) for each in (inputs.sigma, inputs.returns))
+        loss, slope = crps_and_slope(network, corrections, sigma, returns)
+        self.shards.backward(share * slope, self.manual_backward)
+        return share * loss
 
     def on_train_epoch_end(self) -> None:
         score, epoch = self.score(), self.current_epoch + 1
@@ -264,9 +252,9 @@ class _Training(LightningModule):
             )
         if not self.history or score < min(each.validation for each in self.history):
             self.best = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
-        loss = torch.stack(self.losses).double().mean()
-        loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
-        self.history.append(EpochScore(epoch, float(loss), score))
+        mean = torch.stack(self.losses).double().mean()
+        mean = self.trainer.strategy.reduce(mean, reduce_op="mean")
+        self.history.append(EpochScore(epoch, float(mean), score))
         self._save()
         if self.report is not None:
             self.report(epoch, score)
@@ -330,6 +318,7 @@ def fit(
     resume: Path | None = None,
     accelerator: str = "auto",
     workers: int = 1,
+    threads: int = 1,
 ) -> Fitted:
     """Train on `splits.train`, choose the epoch and the kind on `splits.validation`.
 
@@ -345,6 +334,8 @@ def fit(
             windows or another configuration is left aside, and the fit starts anew.
         accelerator: as Lightning names it; `auto` is a GPU if there is one, else the CPU.
         workers: processes (on a GPU machine: GPUs) that share each batch.
+        threads: of one worker on a CPU, that share each batch as well; another number of them
+            rounds in another way, and comes to weights as good.
 
     Raises:
         TrainingError: the loss is no longer a finite number, or a worker was lost.
@@ -354,7 +345,8 @@ def fit(
         training = _Training(network, splits, config, folder, patience, report)
         first = training.score()
         volatility = _switched_off(training)
-        _run(training, epochs, _usable(resume, training.identity), accelerator, workers)
+        usable = _usable(resume, training.identity)
+        _run(training, epochs, usable, accelerator, workers, threads)
         trained = min(training.history, key=lambda s: s.validation)
         lstm = trained.validation < min(first, volatility)
         network.cpu().load_state_dict(training.best)
@@ -458,7 +450,12 @@ def _usable(resume: Path | None, identity: str) -> Path | None:
 
 
 def _run(
-    training: _Training, epochs: int, resume: Path | None, accelerator: str, workers: int
+    training: _Training,
+    epochs: int,
+    resume: Path | None,
+    accelerator: str,
+    workers: int,
+    threads: int,
 ) -> None:
     """Train; afterwards `training` holds history and best weights."""
     trainer = Trainer(
@@ -475,7 +472,9 @@ def _run(
         use_distributed_sampler=False,
     )
     if workers == 1:
-        trainer.fit(training, _OneStep(), ckpt_path=resume)
+        with thread_pool(threads) as pool:
+            training.threads, training.pool = threads, pool
+            trainer.fit(training, _OneStep(), ckpt_path=resume)
         return
     report, training.report = training.report, None  # it need not be one that can be sent
     with _workers(trainer):

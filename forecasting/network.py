@@ -60,6 +60,10 @@ class Volatility(nn.Module):
         """Sigma of the h-day log return, [batch, horizon]."""
         return torch.exp(0.5 * torch.addmm(self.bias, _daily(ohlcv), self.weights))
 
+    def size(self) -> Tensor:
+        """How far out each quantile lies, in units of sigma, [horizon, levels]; never nothing."""
+        return self.shape.abs().clamp(min=1e-6)
+
     @torch.no_grad()
     def estimate(self, windows: Windows) -> None:
         """Set the buffers from windows whose targets are known, of any symbols, in float64."""
@@ -147,7 +151,7 @@ class Network(nn.Module):
         if corrections is None:
             return sigma.unsqueeze(-1) * shape
         scale = sigma * torch.exp(self.reach * corrections[:, :-1])
-        size = shape.abs().clamp(min=1e-6)
+        size = self.volatility.size()
         bent = shape * torch.exp(TAIL_REACH * corrections[:, -1, None, None] * torch.log(size))
         return scale.unsqueeze(-1) * bent
 

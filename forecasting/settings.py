@@ -105,6 +105,9 @@ class Settings(BaseSettings):
     fit_workers: int = Field(
         1, ge=1, description="Processes, or GPUs, that share the final fit; for large panels."
     )
+    fit_threads: int = Field(
+        2, ge=1, description="Threads of one process on a CPU that share each batch of that fit."
+    )
     accelerator: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="What the final fit runs on; auto: a GPU if there is one."
     )

@@ -55,7 +55,7 @@ _SET_BY_RAY = ("PYTHONBREAKPOINT", "RAY_AUTH_MODE")
 
 
 def spread(
-    settings: Settings, work: Callable[[T], R], items: Iterable[T]
+    settings: Settings, work: Callable[[T], R], items: Iterable[T], warm: Sequence[str] = ()
 ) -> Iterator[tuple[T, R | Exception]]:
     """Do `work` for every item on Ray, one a CPU, and give back each with what came of it.
 
@@ -66,12 +66,13 @@ def spread(
         settings: concurrency, ray_address.
         work: a function of a module, which workers import.
         items: what it is called with.
+        warm: modules that a worker imports as it starts, beside torch and the network.
     """
     waiting = iter(items)
     flying: dict[Any, T] = {}
     # on a Ray of one's own the next ones lie ready for a worker that is done
     room = settings.concurrency * (1 if settings.ray_address else 2)
-    with scratch() as folder, running(settings, folder):
+    with scratch() as folder, running(settings, folder, warm=warm):
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(work)
         while True:
             for item in islice(waiting, room - len(flying)):
@@ -112,7 +113,9 @@ def _sweep(memory: Path) -> None:
 
 
 @contextmanager
-def running(settings: Settings, folder: Path, meanwhile: Sequence[str] = ()) -> Iterator[None]:
+def running(
+    settings: Settings, folder: Path, meanwhile: Sequence[str] = (), warm: Sequence[str] = ()
+) -> Iterator[None]:
     """Ray for the time of a job: the cluster of `ray_address`, else one in this process.
 
     A Ray that the caller has started already is used and left running.
@@ -121,9 +124,10 @@ def running(settings: Settings, folder: Path, meanwhile: Sequence[str] = ()) -> 
         settings: ray_address, concurrency.
         folder: short-lived, for what Ray writes.
         meanwhile: modules to import while Ray starts, which is mostly waiting.
+        warm: modules that workers of a Ray of our own import as they start, after `tasks.warm`.
     """
     tempfile.gettempdir()  # remembered from here on: TMPDIR is another for Ray's own processes
-    own = {} if settings.ray_address else _private(folder)
+    own = {} if settings.ray_address else _private(folder, warm)
     with _environment(_ENVIRONMENT | _WORKER_ENVIRONMENT | own), _signals_kept():
         if ray.is_initialized():
             yield
@@ -151,7 +155,7 @@ def _imported(names: Sequence[str]) -> Iterator[None]:
             gc.enable()
 
 
-def _private(folder: Path) -> dict[str, str]:
+def _private(folder: Path, warm: Sequence[str]) -> dict[str, str]:
     """What keeps an own Ray to itself: a killed trial's files, and the token of its ports.
 
     Without a token in the environment, Ray would write one into the user's home.
@@ -159,7 +163,7 @@ def _private(folder: Path) -> dict[str, str]:
     return {
         "TMPDIR": str(folder),
         "RAY_AUTH_TOKEN": _token(),
-        "RAY_preload_python_modules": _WARM,  # while the driver goes on
+        "RAY_preload_python_modules": ",".join((_WARM, *warm)),  # while the driver goes on
     }
 
 

@@ -17,8 +17,11 @@ from forecasting.gate import Evidence
 from forecasting.settings import Settings
 from forecasting.study import Told, open_study
 from forecasting.windows import make_windows, split, with_peers
+from tasks.candidate import Candidate, Found, fit_candidate, write_candidate
 from tasks.search import search_here
-from tasks.training import Candidate, Found, fit_candidate, write_candidate
+
+WARM = ("tasks.fleet", "forecasting.contest")
+"""What a worker imports as it starts."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +63,7 @@ def make(job: Job) -> Made:
     """
     from forecasting.contest import gather
 
-    settings = job.settings
+    settings = job.settings.model_copy(update={"fit_threads": 1})  # others have the other cores
     (symbol, *_) = job.frames
     own, *peers = (
         make_windows(frame, settings.context, settings.horizon) for frame in job.frames.values()

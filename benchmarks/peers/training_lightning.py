@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.training import config, windows
 from forecasting import model
+from forecasting.loss import crps
 from forecasting.network import Network
 from forecasting.windows import Windows
 
@@ -29,7 +30,7 @@ class Plain(LightningModule):
 
     def _loss(self, batch: list[Tensor]) -> Tensor:
         inputs, sigma, returns = batch
-        return model.crps(returns, self.network.correct(inputs, sigma)).mean() * 1e4
+        return crps(returns, self.network.correct(inputs, sigma)).mean() * 1e4
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
         loss = self._loss(batch)

@@ -1,4 +1,4 @@
-"""Our fit. `python -m benchmarks.peers.training_ours EPOCHS` prints one JSON object."""
+"""Our fit. `python -m benchmarks.peers.training_ours EPOCHS THREADS` prints one JSON object."""
 
 import json
 import sys
@@ -12,10 +12,12 @@ from forecasting import model
 
 def main() -> int:
     """Fit and tell."""
-    epochs, parts = int(sys.argv[1]), windows()
+    epochs, threads, parts = int(sys.argv[1]), int(sys.argv[2]), windows()
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        fitted = model.fit(parts, config(), epochs, folder=Path(folder), patience=epochs)
+        fitted = model.fit(
+            parts, config(), epochs, folder=Path(folder), patience=epochs, threads=threads
+        )
         seconds = time.perf_counter() - began
     print(json.dumps({"seconds": seconds, "validation": fitted.trained}))
     return 0

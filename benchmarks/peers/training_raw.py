@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.training import config, windows
 from forecasting import model
+from forecasting.loss import crps_and_slope
 
 
 def main() -> int:
@@ -34,8 +35,10 @@ def main() -> int:
         network.train()
         for first in range(0, count, size):
             optimizer.zero_grad()
-            loss = train.take(order[first : first + size]).crps(network)
-            loss.backward()
+            batch = train.take(order[first : first + size])
+            corrections = network.corrections(batch.features)
+            _, slope = crps_and_slope(network, corrections, batch.sigma, batch.returns)
+            corrections.backward(slope)
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
         network.eval()

@@ -1,5 +1,6 @@
 """Fit and export: quality of the start, reproducible to the byte, free of leaks."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -289,6 +290,22 @@ def test_a_checkpoint_that_cannot_be_used_is_left_aside(fitted, splits, tmp_path
     again = fit(splits, CONFIG, 4, folder=tmp_path, resume=checkpoint)
     assert again.history == fitted.history
     assert ("starting anew" in caplog.text) == (damage != "absent")
+
+
+def test_threads_share_a_fit_and_come_to_the_same_bytes_each_time_and_resumed(splits, tmp_path):
+    dropping = replace(CONFIG, dropout=0.5, batch_size=63)  # an odd batch, and an odd last one
+    fits = [fit(splits, dropping, 4, folder=tmp_path / name, threads=2) for name in "ab"]
+    assert fits[0].history == fits[1].history
+    fit(splits, dropping, 2, folder=tmp_path / "c", threads=2)
+    checkpoint = tmp_path / "c" / CHECKPOINT
+    resumed = fit(splits, dropping, 4, folder=tmp_path / "c", threads=2, resume=checkpoint)
+    assert resumed.history == fits[0].history
+    one = fit(splits, replace(dropping, dropout=0.0), 3, folder=tmp_path / "one")
+    two = fit(splits, replace(dropping, dropout=0.0), 3, folder=tmp_path / "two", threads=2)
+    for mine, theirs in zip(two.history, one.history, strict=True):
+        assert mine.train == pytest.approx(theirs.train, rel=1e-5)
+        assert mine.validation == pytest.approx(theirs.validation, rel=1e-5)
+    assert not [each for each in threading.enumerate() if each.name.startswith("shard")]
 
 
 def test_two_workers_walk_the_way_of_one(splits, tmp_path):

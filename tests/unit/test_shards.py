@@ -1,0 +1,77 @@
+"""A batch that threads share: the gradient of one thread, the same each time."""
+
+import pytest
+import torch
+
+from forecasting.hyperparameters import ModelConfig
+from forecasting.loss import BP, crps, crps_and_slope
+from forecasting.model import untrained
+from forecasting.network import Network, features
+from forecasting.shards import Shards, thread_pool
+from forecasting.windows import Splits, make_windows, split
+from tests.market import market
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    return split(make_windows(market(420), 40, 5), 40, 40)
+
+
+@pytest.fixture
+def network(splits) -> Network:
+    """Whose corrections are some."""
+    network = untrained(splits, ModelConfig(hidden=8, layers=2, dropout=0.3))
+    torch.nn.init.normal_(network.head.weight, generator=torch.Generator().manual_seed(1))
+    return network
+
+
+@pytest.fixture(scope="module")
+def batch(splits):
+    ohlcv = torch.from_numpy(splits.train.ohlcv)
+    returns = torch.from_numpy(splits.train.returns).float()
+    return ohlcv, features(ohlcv, torch.from_numpy(splits.train.dates)), returns
+
+
+def _gradient(network: Network, batch, rows: torch.Tensor, threads: int, seed: int = 3):
+    ohlcv, inputs, returns = batch
+    with thread_pool(threads) as pool:
+        torch.manual_seed(seed)
+        shards = Shards(network, threads, pool)
+        shards.seed(seed)
+        corrections = shards.corrections(inputs, rows)
+        sigma = network.volatility(ohlcv)
+        loss, slope = crps_and_slope(network, corrections, sigma[rows], returns[rows])
+        shards.backward(slope, lambda made, along: made.backward(along))
+        return loss, shards.gradient.clone()
+
+
+def test_the_slope_is_what_autograd_makes_of_the_crps(network, batch):
+    ohlcv, inputs, returns = batch
+    network = network.eval().double()
+    sigma, returns = network.volatility(ohlcv.double()), returns.double()
+    corrections = network.corrections(inputs.double()).detach().requires_grad_()
+    plain = crps(returns, network.spread(sigma, corrections)).mean() * BP
+    plain.backward()
+    loss, slope = crps_and_slope(network, corrections, sigma, returns)
+    torch.testing.assert_close(loss, plain.detach())
+    torch.testing.assert_close(slope, corrections.grad)
+    assert float(slope.abs().min()) > 0
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+@pytest.mark.parametrize("rows", [64, 63, 2, 1])
+def test_threads_come_to_the_gradient_of_one(network, batch, threads, rows):
+    network.dropout.p = 0.0
+    chosen = torch.arange(100, 100 + rows)
+    loss, gradient = _gradient(network, batch, chosen, 1)
+    shared_loss, shared = _gradient(network, batch, chosen, threads)
+    torch.testing.assert_close(shared_loss, loss)
+    torch.testing.assert_close(shared, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    assert float(gradient.abs().max()) > 0
+
+
+def test_dropout_of_threads_comes_from_the_seed(network, batch):
+    rows = torch.arange(64)
+    first, again, other = (_gradient(network, batch, rows, 2, seed)[1] for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
