@@ -77,6 +77,10 @@ bench-search: $(STAMP) ## measure a search beside Ray's defaults; the last line 
 bench-fleet: $(STAMP) ## measure 50 symbols trained by one worker and two; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.fleet
 
+.PHONY: bench-drift
+bench-drift: $(STAMP) ## measure the monitor's false alarms and what it finds; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.drift
+
 .PHONY: format
 format: $(STAMP) ## format and fix imports
 	$(BIN)/ruff check --fix .

@@ -5,7 +5,7 @@ feature, by Evidently's normed Wasserstein distance: how far the distribution mo
 deviations of the reference. Such a distance depends on the number of rows, so both sides have
 equally many: the training span is represented by evenly spaced quantiles of each feature, which
 brings it to the window's length without the noise of drawing days from it. Drift is a large enough
-share of features beyond the threshold.
+share of features beyond the threshold, or a lasting shift of volatility (`forecasting.breaks`).
 
 `compare` gives a verdict in about two milliseconds; `drift_report` also runs Evidently's
 `DataDriftPreset` and its HTML (about half a second). Both call the same Evidently test.
@@ -13,7 +13,7 @@ share of features beyond the threshold.
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
@@ -23,6 +23,7 @@ from evidently import ColumnType, DataDefinition, Dataset, Regression, Report
 from evidently.legacy.calculations.stattests import wasserstein_stat_test
 from evidently.presets import DataDriftPreset, RegressionPreset
 
+from forecasting.breaks import Shift
 from forecasting.errors import DataError, HistoryError
 
 FEATURES = (
@@ -33,6 +34,8 @@ FEATURES = (
     "log_range",
     "volume_change",
 )
+SHIFT = "volatility_shift"
+"""Beside `FEATURES`: the statistic of `forecasting.breaks`, signed."""
 METHOD = str(wasserstein_stat_test.name)
 
 
@@ -82,7 +85,7 @@ class DriftVerdict:
     """Whether recent data drifted from the reference, and why.
 
     Attributes:
-        drifted: whether `share` reaches `required_share`.
+        drifted: whether `share` reaches `required_share`, or volatility shifted for good.
         share: share of features that drifted.
         required_share: share at which a verdict is drift.
         threshold: score at which one feature has drifted.
@@ -93,6 +96,7 @@ class DriftVerdict:
         recent_start: first recent session.
         recent_end: last recent session, the date of the check.
         features: one entry a feature.
+        shift: what `forecasting.breaks` says of volatility; None where training was too short.
     """
 
     drifted: bool
@@ -106,6 +110,16 @@ class DriftVerdict:
     recent_start: date
     recent_end: date
     features: tuple[FeatureDrift, ...]
+    shift: Shift | None = None
+
+    def with_shift(self, shift: Shift | None) -> "DriftVerdict":
+        """The verdict with what volatility says, drift if either says so."""
+        return replace(self, shift=shift, drifted=self.drifted or bool(shift and shift.found))
+
+    def scores(self) -> dict[str, float]:
+        """Distances by feature, and `SHIFT` where volatility was watched."""
+        found = {each.feature: each.score for each in self.features}
+        return found if self.shift is None else found | {SHIFT: self.shift.score}
 
     def table(self) -> list[dict[str, str | float | bool]]:
         """One row a feature, for reports."""
@@ -114,10 +128,11 @@ class DriftVerdict:
     def summary(self) -> str:
         """One sentence for logs and reports."""
         beyond = [f"{f.feature} {f.score:.2f}" for f in self.features if f.drifted]
+        shifted = f" Volatility: {self.shift}." if self.shift and self.shift.found else ""
         return (
             f"{'Drift' if self.drifted else 'No drift'} on {self.recent_end}: "
             f"{len(beyond)} of {len(self.features)} features beyond {self.threshold:g} "
-            f"({', '.join(beyond) or 'none'}), {self.required_share:.0%} required."
+            f"({', '.join(beyond) or 'none'}), {self.required_share:.0%} required.{shifted}"
         )
 
 

@@ -33,7 +33,10 @@ Post = Callable[[Path, object], httpx.Response]
 
 
 class DriftDetected(msgspec.Struct, frozen=True, kw_only=True):
-    """The market moved away from what the version in production was trained on."""
+    """The market moved away from what the version in production was trained on.
+
+    `features` are those that drifted; `volatility` is new over old, where it shifted for good.
+    """
 
     schema: Literal[1] = 1
     symbol: str
@@ -43,6 +46,7 @@ class DriftDetected(msgspec.Struct, frozen=True, kw_only=True):
     share: float
     threshold: float
     features: tuple[str, ...]
+    volatility: float | None = None
     dataset_md5: str
 
     name = "perennial.drift.detected"

@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     # monitor ----------------------------------------------------------------------------------
     drift_window: int = Field(40, ge=20, description="Trading days of recent data per comparison.")
     drift_threshold: float = Field(
-        1.0,
+        1.25,
         gt=0,
         description="Distance (in reference standard deviations) at which one feature has drifted.",
     )

@@ -138,7 +138,7 @@ checks = Table(
     Column("share", Float, nullable=False, comment="share of features that drifted"),
     Column("threshold", Float, nullable=False),
     Column("drifted", Boolean, nullable=False),
-    Column("features", JSON, nullable=False, comment="distance of each feature"),
+    Column("features", JSON, nullable=False, comment="distance of each feature; score of a shift"),
     Column("flow_run_id", String(36), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
 )

@@ -8,16 +8,17 @@ from pathlib import Path
 from uuid import UUID
 
 import pandas as pd
-from prefect import task
+from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import datasets, drift, events, outcomes
+from forecasting import breaks, datasets, drift, events, outcomes
+from forecasting.breaks import Shift
 from forecasting.contract import Contract, read_contract
 from forecasting.drift import DriftVerdict
-from forecasting.errors import RegistryError
+from forecasting.errors import HistoryError, RegistryError
 from forecasting.predictions import ANSWERS
 from forecasting.registry import PRODUCTION, Registry
 from forecasting.sessions import sessions_between
@@ -95,7 +96,8 @@ def compare(
     settings: Settings, contract: Contract, symbol: str, days: Sequence[date], md5: str
 ) -> tuple[list[DriftVerdict], str]:
     """Verdict of every check day, and the HTML report of the newest."""
-    table = drift.features(datasets.load_frame(settings, symbol, days[-1], md5))
+    frame = datasets.load_frame(settings, symbol, days[-1], md5)
+    table = drift.features(frame)
     trained_on = datasets.load_frame(settings, symbol, contract.as_of, contract.dataset_md5)
     reference = drift.reference_rows(
         drift.features(trained_on), contract.train_start, contract.train_end, settings.drift_window
@@ -105,7 +107,21 @@ def compare(
     newest, html = drift.drift_report(
         reference, drift.recent_rows(table, days[-1], settings.drift_window), *limits
     )
-    return [*verdicts, newest], html
+    shifts = _shifts(trained_on, contract, frame, days)
+    every = zip([*verdicts, newest], shifts, strict=True)
+    return [verdict.with_shift(shift) for verdict, shift in every], html
+
+
+def _shifts(
+    trained_on: pd.DataFrame, contract: Contract, frame: pd.DataFrame, days: Sequence[date]
+) -> list[Shift | None]:
+    """Of volatility, on each day; None where the version learned from too short a span to tell."""
+    try:
+        expectation = breaks.learn(trained_on, contract.train_start, contract.train_end)
+    except HistoryError as error:
+        get_run_logger().warning("Shifts of volatility are not watched: %s", error)
+        return [None] * len(days)
+    return [breaks.look(expectation, frame, day) for day in days]
 
 
 @task(name="record-checks", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
@@ -128,7 +144,7 @@ def record_checks(
             "share": verdict.share,
             "threshold": verdict.required_share,
             "drifted": verdict.drifted,
-            "features": {each.feature: each.score for each in verdict.features},
+            "features": verdict.scores(),
             "flow_run_id": flow_run_id,
             "created_at": now(),
         }
@@ -159,7 +175,7 @@ def report(
             "dataset_md5": md5,
         },
     )
-    metrics = [(f"drift_{each.feature}", each.score, 0) for each in newest.features]
+    metrics = [(f"drift_{name}", score, 0) for name, score in newest.scores().items()]
     registry.log_metrics(run_id, [("drift_share", newest.share, 0), *metrics])
     registry.log_dict(run_id, {"checks": [asdict(each) for each in verdicts]}, "drift.json")
     registry.log_text(run_id, html, "drift.html")
@@ -209,6 +225,7 @@ def alarm(
             share=verdict.share,
             threshold=verdict.required_share,
             features=tuple(each.feature for each in verdict.features if each.drifted),
+            volatility=verdict.shift.ratio if verdict.shift and verdict.shift.found else None,
             dataset_md5=contract.dataset_md5,
         ),
     )

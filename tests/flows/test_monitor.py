@@ -16,7 +16,7 @@ from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilt
 
 from flows.monitor import MonitorResult, monitor
 from forecasting import datasets, events, outcomes
-from forecasting.drift import FEATURES
+from forecasting.drift import FEATURES, SHIFT
 from forecasting.errors import HistoryError, RegistryError
 from forecasting.events import DriftDetected
 from forecasting.predictions import Spool
@@ -32,7 +32,7 @@ from tests.predictions import make_prediction
 NAME = "perennial-goog"
 TRAINED = date(2006, 12, 29)
 CALM = date(2007, 6, 29)
-CRASH = date(2008, 10, 24)
+CRASH = date(2008, 11, 14)
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -79,7 +79,7 @@ def test_a_calm_market_is_checked_and_nobody_is_alarmed(settings):
     assert (row["symbol"], row["as_of"], row["forecaster"]) == ("GOOG", CALM, NAME)
     assert (row["version"], row["drifted"], row["share"]) == (1, False, result.share)
     assert row["threshold"] == settings.drift_share
-    assert row["features"].keys() == set(FEATURES)
+    assert row["features"].keys() == {*FEATURES, SHIFT}
 
 
 def test_a_crash_is_drift_and_its_event_reaches_prefect(settings):
@@ -87,7 +87,7 @@ def test_a_crash_is_drift_and_its_event_reaches_prefect(settings):
     result = monitor(symbol="GOOG", as_of=CRASH)
     assert result.drifted
     assert result.share >= settings.drift_share
-    assert result.summary.startswith("Drift on 2008-10-24: ")
+    assert result.summary.startswith("Drift on 2008-11-14: ")
     (row,) = rows_of(settings, outbox)
     assert UUID(row["id"]) == result.event_id
     assert row["attempts"] == 1
@@ -101,12 +101,13 @@ def test_a_crash_is_drift_and_its_event_reaches_prefect(settings):
     assert event["payload"] == {
         "schema": 1,
         "symbol": "GOOG",
-        "as_of": "2008-10-24",
+        "as_of": "2008-11-14",
         "forecaster": NAME,
         "version": 1,
         "share": result.share,
         "threshold": settings.drift_share,
         "features": beyond,
+        "volatility": None,
         "dataset_md5": datasets.versions(settings)[-1].md5,
     }
 
@@ -137,7 +138,7 @@ def test_a_monitor_shows_its_verdict_in_mlflow_and_prefect(settings):
     assert run.info.status == "FINISHED"
     assert (run.data.tags["as_of"], run.data.tags["version"]) == ("2007-06-29", "1")
     assert run.data.metrics["drift_share"] == result.share
-    assert {f"drift_{name}" for name in FEATURES} <= run.data.metrics.keys()
+    assert {f"drift_{name}" for name in (*FEATURES, SHIFT)} <= run.data.metrics.keys()
     (check,) = json.loads(kept(settings, result.run_id, "drift.json"))["checks"]
     assert (check["drifted"], check["recent_end"]) == (False, "2007-06-29")
     assert (check["reference_start"], check["reference_end"]) == ("2004-08-19", "2006-12-29")
@@ -174,11 +175,11 @@ def test_only_the_newest_check_alarms(settings):
     drifted = [row["as_of"] for row in rows_of(settings, checks, "as_of") if row["drifted"]]
     assert len(drifted) > 1
     (row,) = rows_of(settings, outbox)
-    assert (row["payload"]["as_of"], UUID(row["id"])) == ("2008-10-24", result.event_id)
+    assert (row["payload"]["as_of"], UUID(row["id"])) == ("2008-11-14", result.event_id)
 
 
 def test_a_repeated_check_alarms_once(settings):
-    since = date(2008, 10, 17)
+    since = date(2008, 11, 7)
     assert monitor(symbol="GOOG", as_of=CRASH, since=since).event_id is not None
     again = monitor(symbol="GOOG", as_of=CRASH, since=since)
     assert again.drifted
