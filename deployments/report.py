@@ -15,7 +15,7 @@ from sqlalchemy import Engine, select
 
 from deployments.prefect_api import PrefectApi
 from forecasting import baselines, datasets, metrics
-from forecasting.drift import FEATURES, SHIFT
+from forecasting.drift import FEATURES
 from forecasting.events import DriftDetected
 from forecasting.model_card import BLUE, GREEN, GREY, INK, ORANGE, RED
 from forecasting.registry import open_registry
@@ -189,8 +189,6 @@ def _tell(facts: Facts, alarms: set[date]) -> None:
             detail = f"{each['share']:.0%} of features moved, most of all " + ", ".join(
                 f"{name} by {score:.1f} sd" for name, score in worst
             )
-            if (shift := each["features"].get(SHIFT)) is not None:
-                detail += f"; shift of volatility {shift:+.1f} sd"
             facts.happenings.append(Happening(day, "drift event", each["version"], detail))
     for each in facts.trainings:
         who = f"started by {each['creator'].lower()}" if each["creator"] else "started by hand"
