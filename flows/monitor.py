@@ -19,6 +19,7 @@ from tasks.monitor import (
     alarm,
     check_days,
     compare,
+    find_faults,
     join_actuals,
     last_check,
     last_known,
@@ -30,7 +31,10 @@ from tasks.monitor import (
 
 
 class MonitorResult(BaseModel):
-    """What one monitor run saw; without new prices there is no check, no share and no run id."""
+    """What one monitor run saw; without new prices there is no check, no share and no run id.
+
+    `faults` are of the newest prices; while there are any, drift is told but alarms nobody.
+    """
 
     symbol: str
     as_of: date
@@ -41,6 +45,7 @@ class MonitorResult(BaseModel):
     share: float | None = None
     checks: int = 0
     run_id: str = ""
+    faults: list[str] = []
     event_id: UUID | None = None
 
 
@@ -51,7 +56,8 @@ def monitor(
     """Check for drift on `as_of`, and catch up on the weekly checks missed since the last one.
 
     Only the newest check acts: it says what is true now. It emits `perennial.drift.detected`, once
-    a day and version, which an automation answers with the deployment `retrain`.
+    a day and version, which an automation answers with the deployment `retrain`. Prices that cannot
+    be right, or did not come, are `perennial.data.faulty`; no training follows from them.
 
     Args:
         symbol: whose prices, and whose forecaster: its own or one that serves it with others.
@@ -75,6 +81,7 @@ def monitor(
     seen = MonitorResult(symbol=symbol, as_of=day, version=version, summary="", joined=0)
     md5 = datasets.find(settings).md5  # one version for all steps, whatever is ingested meanwhile
     with engine_of(settings.sql_url) as engine:
+        seen.faults = find_faults(settings, engine, symbol, day, md5)
         seen.joined = join_actuals(settings, engine, symbol, day, md5)
         after = since or last_check(engine, symbol)
         days = check_days(after, last_known(settings, symbol, day, md5))
@@ -85,7 +92,7 @@ def monitor(
             seen.checks = len(verdicts)
             seen.run_id = report(registry, engine, version, symbol, md5, verdicts, html)
             known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
-            if newest.drifted and not known:
+            if newest.drifted and not known and not seen.faults:
                 seen.event_id = alarm(engine, contract, version, symbol, newest)
             record_checks(engine, contract, version, symbol, verdicts, str(flow_run.id or "local"))
         else:

@@ -57,6 +57,26 @@ class DriftDetected(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.symbol.{self.symbol}"
 
 
+class DataFaulty(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest prices cannot be right, or are not there; `faults` says what is wrong.
+
+    They are in the dataset, where later rows or a revision may put them right.
+    """
+
+    schema: Literal[1] = 1
+    symbol: str
+    as_of: date
+    faults: tuple[str, ...]
+    dataset_md5: str
+
+    name = "perennial.data.faulty"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.symbol.{self.symbol}"
+
+
 class ModelRefused(msgspec.Struct, frozen=True, kw_only=True):
     """The server did not let a version in; what it served before stays."""
 
@@ -74,6 +94,9 @@ class ModelRefused(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.forecaster.{self.forecaster}"
 
 
+Event = DriftDetected | DataFaulty | ModelRefused
+
+
 class Outgoing(msgspec.Struct, frozen=True):
     """One event of the outbox, ready to be posted."""
 
@@ -84,14 +107,14 @@ class Outgoing(msgspec.Struct, frozen=True):
     occurred_at: datetime
 
 
-def put(engine: Engine, event: DriftDetected | ModelRefused) -> uuid.UUID:
+def put(engine: Engine, event: Event) -> uuid.UUID:
     """Write an event into the outbox; its id."""
     identity = uuid.uuid4()
     _put(engine, identity, event)
     return identity
 
 
-def put_once(engine: Engine, event: DriftDetected | ModelRefused) -> uuid.UUID:
+def put_once(engine: Engine, event: Event) -> uuid.UUID:
     """Write an event into the outbox unless one with the same content was written; its id."""
     identity = uuid.uuid5(uuid.NAMESPACE_OID, msgspec.json.encode(event).decode())
     with suppress(IntegrityError):
@@ -99,7 +122,7 @@ def put_once(engine: Engine, event: DriftDetected | ModelRefused) -> uuid.UUID:
     return identity
 
 
-def _put(engine: Engine, identity: uuid.UUID, event: DriftDetected | ModelRefused) -> None:
+def _put(engine: Engine, identity: uuid.UUID, event: Event) -> None:
     with engine.begin() as connection:
         connection.execute(
             insert(outbox).values(

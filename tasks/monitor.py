@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import breaks, datasets, drift, events, outcomes
+from forecasting import breaks, datasets, drift, events, faults, outcomes
 from forecasting.breaks import Shift
 from forecasting.contract import Contract, read_contract
 from forecasting.drift import DriftVerdict
@@ -82,6 +82,20 @@ def check_days(since: date | None, as_of: date) -> list[date]:
         return sessions_between(as_of - timedelta(days=14), as_of)[-1:]
     days = sessions_between(since + timedelta(days=1), as_of)
     return sorted({*days[EVERY - 1 :: EVERY], *days[-1:]})
+
+
+@task(name="find-faults", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def find_faults(
+    settings: Settings, engine: Engine, symbol: str, as_of: date, md5: str
+) -> list[str]:
+    """What is wrong with the newest prices; each is told once, by an event."""
+    frame = datasets.load_frame(settings, symbol, as_of, md5)
+    found = [str(each) for each in faults.find(frame, as_of, settings.extra_closures)]
+    if found:
+        told = events.DataFaulty(symbol=symbol, as_of=as_of, faults=tuple(found), dataset_md5=md5)
+        events.put_once(engine, told)
+        get_run_logger().warning("%s: %s", symbol, "; ".join(found))
+    return found
 
 
 @task(name="join-actuals", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)

@@ -194,6 +194,27 @@ def test_days_of_which_no_prices_are_known_are_not_checked(settings):
     assert known[-1] == CRASH
 
 
+def test_a_feed_that_stands_still_is_told_once_and_starts_no_training(settings):
+    start = datetime.now(UTC)
+    late = date(2008, 11, 19)
+    result = monitor(symbol="GOOG", as_of=late, since=date(2008, 11, 7))
+    assert result.drifted
+    assert result.event_id is None
+    (fault,) = result.faults
+    assert fault.startswith("stale: no prices of 2008-11-17 and 2 later sessions are known")
+    monitor(symbol="GOOG", as_of=late, since=date(2008, 11, 7))
+    (row,) = rows_of(settings, outbox)
+    assert row["name"] == "perennial.data.faulty"
+    (event,) = delivered(UUID(row["id"]), start)
+    assert event["payload"] == {
+        "schema": 1,
+        "symbol": "GOOG",
+        "as_of": "2008-11-19",
+        "faults": [fault],
+        "dataset_md5": datasets.find(settings).md5,
+    }
+
+
 def test_a_repeated_check_is_not_written_twice(settings):
     since = date(2007, 6, 15)
     first = monitor(symbol="GOOG", as_of=CALM, since=since)

@@ -61,6 +61,7 @@ def test_an_event_waits_with_all_it_says(engine):
             "share": 0.75,
             "threshold": 0.5,
             "features": ["volatility", "volume"],
+            "volatility": None,
             "dataset_md5": "d" * 32,
         },
         occurred_at=waiting.occurred_at,
