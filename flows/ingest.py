@@ -5,7 +5,9 @@ from datetime import date
 from prefect import flow
 from pydantic import BaseModel
 
+from forecasting.errors import BadPricesError
 from forecasting.settings import load_settings
+from tasks.events import deliver_events
 from tasks.ingest import ingest_prices
 
 
@@ -44,8 +46,17 @@ def ingest(
 
     Returns:
         The dataset version, unchanged if nothing was new.
+
+    Raises:
+        BadPricesError: prices break the rules; nothing was taken in, and the event
+            `perennial.data.rejected` says why.
     """
-    version = ingest_prices(load_settings(), symbols, today_or(as_of))
+    settings = load_settings()
+    try:
+        version = ingest_prices(settings, symbols, today_or(as_of))
+    except BadPricesError:
+        deliver_events(settings)  # somebody may wait for it: `perennial.data.rejected`
+        raise
     return IngestResult(
         md5=version.md5,
         rev=version.rev,

@@ -107,7 +107,8 @@ def learn(frame: pd.DataFrame, train_start: date, train_end: date) -> Expectatio
         DataError: a price is not finite or not positive.
     """
     known = frame.loc[: pd.Timestamp(train_end)]
-    variance, means = _daily(known), _means(_daily(known))
+    variance = _daily(known)
+    means = _means(variance)
     span = (known.index >= pd.Timestamp(train_start)) & np.isfinite(means).all(axis=1)
     quarters = (int(span.sum()) - LAGS) // QUARTER
     if quarters < LEAST_QUARTERS:

@@ -57,6 +57,22 @@ class DriftDetected(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.symbol.{self.symbol}"
 
 
+class DataRejected(msgspec.Struct, frozen=True, kw_only=True):
+    """An ingest refused prices that break the rules; the last good dataset stays."""
+
+    schema: Literal[1] = 1
+    symbols: tuple[str, ...]
+    as_of: date
+    reason: str
+
+    name = "perennial.data.rejected"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return "perennial.dataset"
+
+
 class DataFaulty(msgspec.Struct, frozen=True, kw_only=True):
     """The newest prices cannot be right, or are not there; `faults` says what is wrong.
 
@@ -94,7 +110,7 @@ class ModelRefused(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.forecaster.{self.forecaster}"
 
 
-Event = DriftDetected | DataFaulty | ModelRefused
+Event = DriftDetected | DataRejected | DataFaulty | ModelRefused
 
 
 class Outgoing(msgspec.Struct, frozen=True):

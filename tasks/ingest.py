@@ -13,9 +13,11 @@ from prefect.tasks import exponential_backoff
 
 from forecasting import datasets
 from forecasting.datasets import DatasetVersion
-from forecasting.errors import DatasetError, SourceError
+from forecasting.errors import BadPricesError, DatasetError, SourceError
+from forecasting.events import DataRejected, put_once
 from forecasting.prices import Frame, visible_factors
 from forecasting.settings import Settings
+from forecasting.store import engine_of
 
 _MAY_PASS = (SourceError, DatasetError)
 
@@ -37,8 +39,17 @@ async def _may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> 
     timeout_seconds=600,
 )
 def ingest_prices(settings: Settings, symbols: Sequence[str], as_of: date) -> DatasetVersion:
-    """Take what is new up to `as_of` into the dataset and publish it for the server."""
-    version = datasets.ingest(settings, symbols, as_of)
+    """Take what is new up to `as_of` into the dataset and publish it for the server.
+
+    Prices that are refused are an event as well, which waits in the outbox until it is delivered.
+    """
+    try:
+        version = datasets.ingest(settings, symbols, as_of)
+    except BadPricesError as error:
+        told = DataRejected(symbols=tuple(symbols), as_of=as_of, reason=str(error))
+        with engine_of(settings.sql_url) as engine:
+            put_once(engine, told)
+        raise
     if FlowRunContext.get() is not None or TaskRunContext.get() is not None:
         show_data(settings, version, symbols)
         get_run_logger().info(headline(version))

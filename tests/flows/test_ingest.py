@@ -9,8 +9,11 @@ from prefect.client.schemas.sorting import ArtifactSort
 
 from flows.ingest import IngestResult, ingest, today_or
 from forecasting import datasets
-from forecasting.errors import SourceError
+from forecasting.errors import BadPricesError, SourceError
 from forecasting.settings import load_settings
+from forecasting.store import outbox
+from tests import series
+from tests.flows.support import rows_of
 
 DAY = date(2008, 9, 15)
 
@@ -53,6 +56,29 @@ def test_an_unknown_symbol_fails_at_once(prefect_server, home):
     with pytest.raises(SourceError, match="it knows AAPL, FB, GOOG, IBM, MSFT"):
         ingest(symbols=["NOPE"], as_of=DAY)
     assert datasets.current(home) is None
+
+
+def test_refused_prices_are_told_once_and_reach_prefect(
+    prefect_server, home, tmp_path, monkeypatch
+):
+    table = series.table(100)
+    good = series.write_csv(table, tmp_path / "TEST.csv")
+    monkeypatch.setenv("PERENNIAL_SOURCE", "file")
+    monkeypatch.setenv("PERENNIAL_SOURCE_URL", good)
+    day = date.fromisoformat(table["date"].iloc[-1])
+    kept = ingest(symbols=["TEST"], as_of=day)
+    table.loc[50, "high"] = 1.0
+    series.write_csv(table, tmp_path / "TEST.csv")
+    for _ in range(2):
+        with pytest.raises(BadPricesError, match="high is below low"):
+            ingest(symbols=["TEST"], as_of=day)
+    settings = load_settings()
+    assert datasets.current(settings).md5 == kept.md5
+    (row,) = rows_of(settings, outbox)
+    assert (row["name"], row["resource"]) == ("perennial.data.rejected", "perennial.dataset")
+    assert row["delivered_at"] is not None
+    assert (row["payload"]["symbols"], row["payload"]["as_of"]) == (["TEST"], day.isoformat())
+    assert "high is below low" in row["payload"]["reason"]
 
 
 def test_parameters_are_typed_for_the_ui():
