@@ -93,14 +93,61 @@ class DataFaulty(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.symbol.{self.symbol}"
 
 
-class ModelRefused(msgspec.Struct, frozen=True, kw_only=True):
-    """The server did not let a version in; what it served before stays."""
+class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
+    """Forecasts of the version in production got worse than those of what it is measured by.
+
+    `evidence` is an e-value: the odds against no degradation that the days since `since` bring, at
+    least one over the false-alarm rate of the whole watch (Ville's inequality). CRPS are means over
+    these days in bp of log return.
+    """
+
+    schema: Literal[1] = 1
+    symbol: str
+    as_of: date
+    forecaster: str
+    version: int
+    against: str
+    since: date
+    days: int
+    crps_bp: float
+    against_crps_bp: float
+    evidence: float
+
+    name = "perennial.performance.degraded"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.symbol.{self.symbol}"
+
+
+class ModelPromoted(msgspec.Struct, frozen=True, kw_only=True):
+    """A version holds the alias `production` since now; `served` is what the server said of it."""
 
     schema: Literal[1] = 1
     forecaster: str
     version: int
-    reason: str
-    where: Literal["sync", "web"]
+    previous: int | None
+    who: str
+    why: str
+    served: str
+
+    name = "perennial.model.promoted"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.forecaster.{self.forecaster}"
+
+
+class ModelRefused(msgspec.Struct, frozen=True, kw_only=True):
+    """The gate, or a person, did not let a candidate into production."""
+
+    schema: Literal[1] = 1
+    forecaster: str
+    as_of: date
+    run_id: str
+    reasons: tuple[str, ...]
 
     name = "perennial.model.refused"
 
@@ -110,7 +157,51 @@ class ModelRefused(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.forecaster.{self.forecaster}"
 
 
-Event = DriftDetected | DataRejected | DataFaulty | ModelRefused
+class ModelRolledBack(msgspec.Struct, frozen=True, kw_only=True):
+    """An earlier version took the place of `rolled_back`."""
+
+    schema: Literal[1] = 1
+    forecaster: str
+    version: int
+    rolled_back: int | None
+    who: str
+    why: str
+
+    name = "perennial.model.rolled-back"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.forecaster.{self.forecaster}"
+
+
+class ModelUnservable(msgspec.Struct, frozen=True, kw_only=True):
+    """The server cannot take up a version that an alias names; what it served before stays."""
+
+    schema: Literal[1] = 1
+    forecaster: str
+    version: int
+    reason: str
+    where: Literal["sync", "web"]
+
+    name = "perennial.model.unservable"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.forecaster.{self.forecaster}"
+
+
+Event = (
+    DriftDetected
+    | PerformanceDegraded
+    | DataRejected
+    | DataFaulty
+    | ModelPromoted
+    | ModelRefused
+    | ModelRolledBack
+    | ModelUnservable
+)
 
 
 class Outgoing(msgspec.Struct, frozen=True):
@@ -130,9 +221,14 @@ def put(engine: Engine, event: Event) -> uuid.UUID:
     return identity
 
 
-def put_once(engine: Engine, event: Event) -> uuid.UUID:
-    """Write an event into the outbox unless one with the same content was written; its id."""
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, msgspec.json.encode(event).decode())
+def put_once(engine: Engine, event: Event, same: str = "") -> uuid.UUID:
+    """Write an event into the outbox unless the same was written before; its id.
+
+    Args:
+        same: what makes two events of one name the same; all of their content if empty.
+    """
+    content = f"{event.name} {same}" if same else msgspec.json.encode(event).decode()
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, content)
     with suppress(IntegrityError):
         _put(engine, identity, event)
     return identity

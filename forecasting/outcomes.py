@@ -15,7 +15,7 @@ from sqlalchemy.exc import DataError, IntegrityError, SQLAlchemyError
 
 from forecasting import metrics
 from forecasting.errors import ServiceError
-from forecasting.events import ModelRefused, put_once
+from forecasting.events import ModelUnservable, put_once
 from forecasting.predictions import Counted, Prediction, Refused, open_segments
 from forecasting.store import answer_counts, predictions
 
@@ -86,15 +86,16 @@ def _insert_counts(engine: Engine, counts: list[Counted]) -> None:
 
 
 def _tell(engine: Engine, refusals: list[Refused]) -> None:
-    """Put refusals into the outbox; every worker says the same, and once is enough."""
+    """Put refusals into the outbox, one a version: workers that read a file while it is being
+    damaged refuse it for different reasons."""
     for refused in refusals:
-        event = ModelRefused(
+        event = ModelUnservable(
             forecaster=refused.forecaster,
             version=refused.version,
             reason=refused.reason,
             where="web",
         )
-        put_once(engine, event)
+        put_once(engine, event, same=f"{event.forecaster} {event.version} {event.where}")
 
 
 def _count_key(counted: Counted) -> tuple[object, ...]:

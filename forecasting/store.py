@@ -1,4 +1,4 @@
-"""The SQL engine and its tables: prediction log, promotions, retrains, looks, checks, outbox.
+"""The SQL engine and its tables: prediction log, promotions, retrains, scores, costs, audit.
 
 SQLite under `home` by default, PostgreSQL by `PERENNIAL_DATABASE_URL`. SQLite runs in WAL mode so
 that the drainer can write while a flow reads.
@@ -35,6 +35,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from forecasting.errors import ConfigError, ServiceError
+from forecasting.schema import upgrade
 
 metadata = MetaData()
 
@@ -109,6 +110,7 @@ retrains = Table(
         comment="running|promoted|refused|unchanged|failed|skipped",
     ),
     Column("reason", Text, nullable=False, default=""),
+    Column("cpu_seconds", Float, nullable=True, comment="spent; None while it runs"),
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
 
@@ -139,8 +141,68 @@ checks = Table(
     Column("threshold", Float, nullable=False),
     Column("drifted", Boolean, nullable=False),
     Column("features", JSON, nullable=False, comment="distance of each feature; score of a shift"),
+    Column("alarmed", Boolean, nullable=True, comment="whether it was told; None: before that"),
     Column("flow_run_id", String(36), nullable=False),
     Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+scores = Table(
+    "scores",
+    metadata,
+    Column("symbol", String(32), primary_key=True),
+    Column("as_of", Date, primary_key=True, comment="day on which it was known"),
+    Column("forecaster", String(64), primary_key=True),
+    Column("version", Integer, primary_key=True),
+    Column("name", String(64), primary_key=True, comment="what is measured, such as crps_bp"),
+    Column(
+        "horizon", Integer, primary_key=True, comment="trading days ahead; 0: of no one horizon"
+    ),
+    Column("value", Float, nullable=False),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+)
+
+probations = Table(
+    "probations",
+    metadata,
+    Column("id", String(36), primary_key=True, comment="of the promotion that began it"),
+    Column("forecaster", String(64), nullable=False, index=True),
+    Column("version", Integer, nullable=False),
+    Column("previous", Integer, nullable=False, comment="version that is scored beside it"),
+    Column("started", Date, nullable=False, comment="market day of the promotion"),
+    Column("days", Integer, nullable=False, comment="market days that it is watched for"),
+    Column("state", String(16), nullable=False, comment="watching|passed|rolled-back|superseded"),
+    Column("evidence", JSON, nullable=False, default=dict, comment="as of the last look"),
+    Column("created_at", DateTime(timezone=True), nullable=False),
+    Column("updated_at", DateTime(timezone=True), nullable=False),
+)
+
+costs = Table(
+    "costs",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("flow", String(32), nullable=False, comment="flow, or step of a replay"),
+    Column("flow_run_id", String(36), nullable=False),
+    Column("symbol", String(64), nullable=False),
+    Column("as_of", Date, nullable=False),
+    Column("policy", String(32), nullable=False, default="", comment="of a replay; else empty"),
+    Column("outcome", String(16), nullable=False, comment="what it came to; failed"),
+    Column("wall_seconds", Float, nullable=False),
+    Column("cpu_seconds", Float, nullable=False, comment="of the process and its children"),
+    Column("bytes", BigInteger, nullable=False, comment="that the home grew by"),
+    Column("started_at", DateTime(timezone=True), nullable=False, index=True),
+)
+
+audit = Table(
+    "audit",
+    metadata,
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("at", DateTime(timezone=True), nullable=False),
+    Column("kind", String(32), nullable=False, comment="such as alias, trigger, skip, approval"),
+    Column("subject", String(64), nullable=False, comment="forecaster or symbol", index=True),
+    Column("version", Integer, nullable=True),
+    Column("who", String(200), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("details", JSON, nullable=False, default=dict),
 )
 
 outbox = Table(
@@ -162,13 +224,13 @@ def now() -> datetime:
 
 
 def open_engine(url: str) -> Engine:
-    """Engine for `url` with all tables present.
+    """Engine for `url` with all tables present, of the schema that the code knows.
 
     Raises:
         ConfigError: `url` is no SQLAlchemy URL, or its driver is not installed.
-        ServiceError: the database cannot be reached or is not a database.
+        ServiceError: the database cannot be reached, is not a database or of a newer perennial.
     """
-    parsed = _parse(url)
+    parsed = parse_url(url)
     sqlite = parsed.get_backend_name() == "sqlite"
     try:
         if sqlite and parsed.database:
@@ -187,7 +249,10 @@ def open_engine(url: str) -> Engine:
     if sqlite:
         event.listen(engine, "connect", _sqlite_pragmas)
     try:
-        metadata.create_all(engine)
+        upgrade(engine)
+    except ServiceError:
+        engine.dispose()
+        raise
     except SQLAlchemyError as error:
         engine.dispose()
         raise ServiceError(
@@ -198,7 +263,12 @@ def open_engine(url: str) -> Engine:
     return engine
 
 
-def _parse(url: str) -> URL:
+def parse_url(url: str) -> URL:
+    """A SQLAlchemy URL, with the driver that is installed.
+
+    Raises:
+        ConfigError: it is none.
+    """
     wanted = (
         "PERENNIAL_DATABASE_URL should be a SQLAlchemy URL such as "
         "postgresql://user@host/name or sqlite:////path/file.db"

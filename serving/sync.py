@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from forecasting import events
 from forecasting.contract import Snapshot, decode
 from forecasting.errors import ConfigError, ContractError, RegistryError
-from forecasting.events import ModelRefused
+from forecasting.events import ModelUnservable
 from forecasting.registry import CONTRACT_TAG, SIGNATURE_TAG, Registry, open_registry
 from forecasting.settings import Settings
 from forecasting.signing import read_public
@@ -72,11 +72,11 @@ class Teller:
 
     def __init__(self, sql_url: str) -> None:
         self._url = sql_url
-        self._waiting: deque[ModelRefused] = deque(maxlen=MOST_TO_TELL)
+        self._waiting: deque[ModelUnservable] = deque(maxlen=MOST_TO_TELL)
 
     def refused(self, forecaster: str, version: int, reason: str) -> None:
         """Have it told that a version was refused."""
-        event = ModelRefused(
+        event = ModelUnservable(
             forecaster=forecaster, version=version, reason=reason[:MOST_OF_A_REASON], where="sync"
         )
         self._waiting.append(event)

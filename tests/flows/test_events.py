@@ -18,7 +18,7 @@ from prefect.events.filters import EventFilter, EventOccurredFilter, EventResour
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from forecasting import events
-from forecasting.events import MOST_AT_ONCE, DriftDetected, ModelRefused
+from forecasting.events import MOST_AT_ONCE, DriftDetected, ModelUnservable
 from forecasting.settings import Settings
 from forecasting.store import engine_of, outbox
 from tasks.events import deliver
@@ -198,7 +198,7 @@ def test_an_event_that_arrived_though_its_answer_was_lost_is_not_posted_twice(se
 
 def refuse(settings: Settings, forecaster: str) -> UUID:
     """A refusal, in the outbox."""
-    event = ModelRefused(forecaster=forecaster, version=3, reason="altered", where="sync")
+    event = ModelUnservable(forecaster=forecaster, version=3, reason="altered", where="sync")
     with engine_of(settings.sql_url) as engine:
         return events.put(engine, event)
 
@@ -219,7 +219,7 @@ def test_the_drainer_delivers_a_refusal_at_once_and_once(settings, relay, monkey
         until(lambda: outbox_of(settings) == [(1, True)], "the note of it")
         (event,) = json.loads(relay.posted[0])
         assert event["payload"]["reason"] == "altered"
-        assert told("drained", "forecaster") == [(identity, "perennial.model.refused", 3)]
+        assert told("drained", "forecaster") == [(identity, "perennial.model.unservable", 3)]
         assert drain.stop() == 0
         assert len(relay.posted) == 1
 
@@ -262,7 +262,7 @@ def test_deliveries_at_once_post_an_event_once(settings, relay, database):
         with engine_of(url) as engine:
             for version in range(3):
                 reason = {"reason": "altered", "where": "web"}
-                events.put(engine, ModelRefused(forecaster=database, version=version, **reason))
+                events.put(engine, ModelUnservable(forecaster=database, version=version, **reason))
 
         def send(_: int) -> int:
             with engine_of(url) as engine, httpx.Client(base_url=relay.url) as client:

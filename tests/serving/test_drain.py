@@ -157,7 +157,7 @@ def test_a_version_that_a_worker_refuses_is_told_once(tmp_path):
                 return connection.execute("SELECT name, payload FROM outbox").fetchall()
 
         ((name, payload),) = until(told, "the event")
-        assert name == "perennial.model.refused"
+        assert name == "perennial.model.unservable"
         assert json.loads(payload)["version"] == 2
         assert "altered" in json.loads(payload)["reason"]
         server.stop()

@@ -32,7 +32,14 @@ def damage(home, version: int) -> None:
     path = ModelStore(home / "store").version_folder(FORECASTER, version) / MODEL_FILE
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
-    path.write_bytes(raw)
+    swap(path, raw)
+
+
+def swap(path, raw: bytes) -> None:
+    """At once: a worker that looks meanwhile sees all of it or nothing."""
+    beside = path.with_name(f"{path.name}.swapped")
+    beside.write_bytes(raw)
+    beside.replace(path)
 
 
 def test_without_a_model_it_lives_but_is_not_ready_until_one_comes(tmp_path):
@@ -173,9 +180,9 @@ def install_damaged(home, version: int) -> None:
     install(home, version, scale=float(version))
     after = (home / "store/models" / FORECASTER / CURRENT_FILE).read_bytes()
     path = home / "store/models" / FORECASTER / CURRENT_FILE
-    path.write_bytes(before)
+    swap(path, before)
     damage(home, version)
-    path.write_bytes(after)
+    swap(path, after)
     assert store.current(FORECASTER).version == version
 
 

@@ -589,7 +589,7 @@ def test_a_refusal_reaches_the_outbox_when_the_database_is_there(tmp_path):
     with pytest.raises(ServiceError):
         teller.step()
     (tmp_path / "perennial.db").unlink()
-    assert teller.step() == ["perennial.model.refused"]
+    assert teller.step() == ["perennial.model.unservable"]
     assert teller.step() == []
     with engine_of(url) as engine:
         (waiting,) = events.pending(engine)

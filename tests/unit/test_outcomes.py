@@ -10,7 +10,8 @@ from sqlalchemy import Engine, func, select
 from forecasting import outcomes
 from forecasting.contract import QUANTILE_LEVELS
 from forecasting.errors import ServiceError
-from forecasting.predictions import Answered, Prediction, Spool
+from forecasting.events import pending
+from forecasting.predictions import Answered, Prediction, Refused, Spool
 from forecasting.sessions import sessions_between
 from forecasting.store import answer_counts, open_engine
 from forecasting.store import predictions as table
@@ -51,6 +52,15 @@ def test_drain_stores_a_row_per_horizon_and_removes_the_segment(engine, tmp_path
     assert (row.target, row.levels) == (records[0].targets[1], list(QUANTILE_LEVELS))
     assert row.quantiles == records[0].quantiles[1]
     assert row.prices_md5 == "p" * 32
+
+
+def test_a_version_that_two_workers_refuse_for_different_reasons_is_told_once(engine, tmp_path):
+    for number, reason in ((3, "altered"), (3, "empty"), (4, "altered")):
+        spool = Spool(tmp_path, "web")
+        spool.append(Refused(forecaster="perennial-goog", version=number, reason=reason))
+        spool.close()
+    outcomes.drain(engine, tmp_path)
+    assert sorted(event.payload["version"] for event in pending(engine)) == [3, 4]
 
 
 def test_counts_are_kept_as_the_largest_total_of_each_writer(engine, tmp_path):
