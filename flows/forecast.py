@@ -11,6 +11,7 @@ from forecasting.batch import Batch
 from forecasting.errors import DataError
 from forecasting.registry import open_registry
 from forecasting.settings import load_settings
+from tasks.accounting import accounted
 from tasks.forecast import (
     drain_log,
     find_versions,
@@ -37,6 +38,7 @@ class ForecastResult(BaseModel):
 
 
 @flow(name="forecast")
+@accounted
 def forecast(
     symbols: list[str] = ["GOOG"],  # noqa: B006  (Prefect shows it as the default; never changed)
     as_of: date | None = None,

@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from forecasting.errors import BadPricesError
 from forecasting.settings import load_settings
+from tasks.accounting import accounted
 from tasks.events import deliver_events
 from tasks.ingest import ingest_prices
 
@@ -34,6 +35,7 @@ def today_or(as_of: date | None) -> date:
 
 
 @flow(name="ingest")
+@accounted
 def ingest(
     symbols: list[str] = ["GOOG"],  # noqa: B006  (Prefect shows it as the default; never changed)
     as_of: date | None = None,

@@ -14,6 +14,7 @@ from forecasting.errors import HistoryError
 from forecasting.registry import open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
+from tasks.accounting import accounted
 from tasks.events import deliver_events
 from tasks.monitor import (
     alarm,
@@ -50,6 +51,7 @@ class MonitorResult(BaseModel):
 
 
 @flow(name="monitor")
+@accounted
 def monitor(
     symbol: str = "GOOG", as_of: date | None = None, since: date | None = None
 ) -> MonitorResult:

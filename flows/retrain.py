@@ -12,9 +12,11 @@ from forecasting.assignment import who_serves
 from forecasting.registry import open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
+from tasks.accounting import accounted
 
 
 @flow(name="retrain")
+@accounted
 def retrain(
     symbol: str = "GOOG", as_of: date | None = None, trigger: str = "manual"
 ) -> TrainResult:

@@ -8,10 +8,12 @@ from forecasting.promotion import PromotionResult
 from forecasting.registry import PREVIOUS, Registry, open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
+from tasks.accounting import accounted
 from tasks.promote import promote_version
 
 
 @flow(name="rollback")
+@accounted
 def rollback(
     forecaster: str = "perennial-goog", version: int | None = None, why: str = "rolled back by hand"
 ) -> PromotionResult:

@@ -24,6 +24,7 @@ from forecasting.errors import OvertakenError
 from forecasting.registry import PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
+from tasks.accounting import accounted
 from tasks.cache import cache_key, code_commit
 from tasks.candidate import Candidate, Found, write_candidate
 from tasks.gate import CARD, Judged, gate_scores, judge, show_verdict
@@ -55,6 +56,7 @@ class TrainResult(BaseModel):
 
 
 @flow(name="train")
+@accounted
 def train(
     symbol: str = "GOOG", as_of: date | None = None, symbols: list[str] | None = None
 ) -> TrainResult:

@@ -19,6 +19,7 @@ from forecasting.errors import DataError, PerennialError
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
+from tasks.accounting import accounted
 from tasks.candidate import write_candidate
 from tasks.gate import weigh
 from tasks.ingest import ingest_prices
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 @flow(name="train-each")
+@accounted
 def train_each(symbols: list[str], as_of: date | None = None) -> list[TrainResult]:
     """Train an own forecaster for each symbol on what is known on `as_of`; the gate judges each.
 

@@ -29,6 +29,7 @@ from typing import Any
 import colorama
 import fsspec
 import msgspec
+import numpy as np
 import pandas as pd
 import pyarrow as arrow
 import pyarrow.parquet as parquet
@@ -99,6 +100,7 @@ class DatasetVersion:
         rows: new sessions per ingested symbol.
         revised: sessions that the vendor changed, per ingested symbol.
         factors: new or changed splits and dividends, per ingested symbol.
+        sources: name and address of the source, per ingested symbol.
     """
 
     md5: str
@@ -109,6 +111,7 @@ class DatasetVersion:
     rows: dict[str, int] = field(default_factory=dict)
     revised: dict[str, int] = field(default_factory=dict)
     factors: dict[str, int] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 # --- ingest ----------------------------------------------------------------------------------
@@ -138,8 +141,9 @@ def ingest(
         raise DatasetError("No symbol to ingest; at least one is expected, such as GOOG.")
     payloads = [download(settings, symbol) for symbol in wanted]
     fetched = _checked(settings, payloads, as_of)
+    sources = {payload.symbol: payload.origin for payload in payloads}
     with _locked(settings):
-        version, merged = _commit_new(settings, fetched, as_of)
+        version, merged = _commit_new(settings, fetched, as_of, sources)
         if publish_rows:
             for symbol, result in merged.items():
                 _publish_newer(settings, version, symbol, as_of, adjusted(result.raw, as_of))
@@ -169,7 +173,7 @@ def _quarantine(settings: Settings, payload: Payload, error: BadPricesError) -> 
 
 
 def _commit_new(
-    settings: Settings, fetched: list[RawPrices], as_of: date
+    settings: Settings, fetched: list[RawPrices], as_of: date, sources: dict[str, str]
 ) -> tuple[DatasetVersion, dict[str, Merged]]:
     _ensure_registry(settings)
     latest = current(settings)
@@ -184,11 +188,11 @@ def _commit_new(
     changed = [result.raw for result in merged.values() if result.changed]
     if latest and not changed:
         return DatasetVersion(
-            latest.md5, latest.rev, latest.symbols, as_of, False, **counts
+            latest.md5, latest.rev, latest.symbols, as_of, False, **counts, sources=sources
         ), merged
     _lay_out(settings, tree, changed)
     symbols = {name.split("/")[0] for name in tree} | merged.keys()
-    return _commit(settings, tuple(sorted(symbols)), as_of, counts), merged
+    return _commit(settings, tuple(sorted(symbols)), as_of, counts, sources), merged
 
 
 def _merged(settings: Settings, tree: dict[str, str], raw: RawPrices, as_of: date) -> Merged:
@@ -268,6 +272,42 @@ def find(settings: Settings, md5_or_rev: str | None = None) -> DatasetVersion:
         f"There is no dataset version {md5_or_rev!r} in {settings.data_dir}; the latest is "
         f"{latest.md5} (git {latest.rev[:10]}), `git log` there shows all."
     )
+
+
+def source_of(settings: Settings, symbol: str, md5: str) -> str:
+    """Where the newest rows of a symbol in that version came from; empty if nobody wrote it down.
+
+    Raises:
+        DatasetError: no such version.
+    """
+    wanted = find(settings, md5)
+    history = iter(_versions(settings))
+    for version in history:
+        if version.rev == wanted.rev:
+            found = (each.sources.get(symbol, "") for each in (version, *history))
+            return next((each for each in found if each), "")
+    return ""
+
+
+def row_span(
+    settings: Settings, symbol: str, md5: str, first: date, last: date
+) -> tuple[str, int, int]:
+    """Rows of a version's file that hold a span of sessions.
+
+    Returns:
+        md5 of `<symbol>/rows.parquet` and the numbers of its first and last row in the span, from
+        0; rows that were revised in between are among them.
+
+    Raises:
+        DatasetError: no such version, it lacks the symbol, or has no row of the span.
+    """
+    version = find(settings, md5)
+    tree = _tree(settings, version.md5)
+    days = _read_raw(settings, tree, symbol).rows["date"].to_numpy().astype("datetime64[D]")
+    inside = np.flatnonzero((days >= np.datetime64(first)) & (days <= np.datetime64(last)))
+    if not len(inside):
+        raise DatasetError(f"Dataset version {md5} has no row of {symbol} from {first} to {last}.")
+    return tree[f"{symbol}/rows.parquet"], int(inside[0]), int(inside[-1])
 
 
 def read_bytes(settings: Settings, md5: str, path: str) -> bytes:
@@ -540,11 +580,16 @@ def _version(git: GitRepo, commit: ShaFile) -> DatasetVersion:
         rows=facts["rows"],
         revised=facts["revised"],
         factors=facts["factors"],
+        sources=facts.get("sources", {}),  # versions before there were any tell none
     )
 
 
 def _commit(
-    settings: Settings, symbols: tuple[str, ...], as_of: date, counts: dict[str, dict[str, int]]
+    settings: Settings,
+    symbols: tuple[str, ...],
+    as_of: date,
+    counts: dict[str, dict[str, int]],
+    sources: dict[str, str],
 ) -> DatasetVersion:
     """Add the folder to DVC and commit. Dated `as_of`, so equal histories have equal commits."""
     try:
@@ -552,7 +597,7 @@ def _commit(
             dvc.add(str(settings.data_dir / _TRACKED))
     except DvcException as error:
         raise _damaged(settings, error) from error
-    facts = {"as_of": as_of.isoformat(), "symbols": symbols, **counts}
+    facts = {"as_of": as_of.isoformat(), "symbols": symbols, **counts, "sources": sources}
     new = ", ".join(f"{symbol} +{count}" for symbol, count in counts["rows"].items())
     message = f"{new} as of {as_of}\n\n{json.dumps(facts)}\n"
     stamp = datetime.combine(as_of, time(), UTC).timestamp()

@@ -6,6 +6,7 @@ from datetime import date, timedelta
 
 from sqlalchemy import Connection, Engine, insert, select, update
 
+from forecasting import audit
 from forecasting.sessions import count_sessions
 from forecasting.store import exclude_writers, now, retrains
 
@@ -63,6 +64,14 @@ def claim(
                 created_at=now(),
             )
         )
+        audit.add(
+            connection,
+            "skip" if reason else "trigger",
+            symbol,
+            who=trigger,
+            reason=reason or "a retrain begins",
+            details={"id": identity, "as_of": as_of.isoformat(), "flow_run_id": flow_run_id},
+        )
         connection.commit()
     return Entry(identity, bool(reason), reason)
 
@@ -70,8 +79,19 @@ def claim(
 def close(engine: Engine, identity: str, state: str, reason: str) -> None:
     """Write down what came of a retrain."""
     with engine.begin() as connection:
-        connection.execute(
-            update(retrains).where(retrains.c.id == identity).values(state=state, reason=reason)
+        line = connection.execute(
+            update(retrains)
+            .where(retrains.c.id == identity)
+            .values(state=state, reason=reason)
+            .returning(retrains.c.symbol, retrains.c.trigger)
+        ).one()
+        audit.add(
+            connection,
+            "retrain",
+            line.symbol,
+            who=line.trigger,
+            reason=reason,
+            details={"id": identity, "state": state},
         )
 
 

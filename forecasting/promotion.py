@@ -28,8 +28,9 @@ from typing import Literal
 import httpx
 import msgspec
 from filelock import FileLock, Timeout
-from sqlalchemy import Engine, Row, insert, select, update
+from sqlalchemy import Connection, Engine, Row, insert, select, update
 
+from forecasting import audit
 from forecasting.contract import CONTRACT_FILE
 from forecasting.errors import (
     ContractError,
@@ -248,7 +249,10 @@ def _intend(
                 updated_at=now(),
             )
         )
-    return _line(engine, identity)
+        query = select(promotions).where(promotions.c.id == identity)
+        line = _as_line(connection.execute(query).one())
+        _audit(connection, line, "intended", "")
+    return line
 
 
 def _move(registry: Registry, engine: Engine, line: Promotion) -> None:
@@ -464,6 +468,25 @@ def _record(engine: Engine, line: Promotion, state: str, served: str) -> None:
             .where(promotions.c.id == line.id)
             .values(state=state, served=served[:200], updated_at=now())
         )
+        _audit(connection, line, state, served)
+
+
+def _audit(connection: Connection, line: Promotion, state: str, served: str) -> None:
+    details = {
+        "promotion": line.id,
+        "state": state,
+        "previous": line.previous,
+        "served": served,
+    }
+    audit.add(
+        connection,
+        "alias",
+        line.forecaster,
+        version=line.version,
+        who=line.who,
+        reason=line.why,
+        details=details,
+    )
 
 
 def _open_lines(engine: Engine, forecaster: str | None) -> list[Promotion]:

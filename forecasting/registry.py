@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
 from mlflow import MlflowClient
-from mlflow.entities import LoggedModel, Metric, Param, RunTag
+from mlflow.entities import LoggedModel, Metric, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.entities.webhook import Webhook, WebhookEvent, WebhookEventStr
 from mlflow.exceptions import MlflowException
@@ -92,11 +92,12 @@ class VersionInfo:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """One run: its tags and the last value of each metric."""
+    """One run: its tags, parameters and the last value of each metric."""
 
     run_id: str
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
+    params: Mapping[str, str]
 
 
 def open_registry(settings: Settings) -> "Registry":
@@ -278,7 +279,16 @@ class Registry:
             found = self._client.search_runs([self._experiment], wanted, max_results=1)
         if not found:
             return None
-        return RunInfo(found[0].info.run_id, found[0].data.tags, found[0].data.metrics)
+        return _run_info(found[0])
+
+    def run(self, run_id: str) -> RunInfo:
+        """One run.
+
+        Raises:
+            RegistryError: there is none, or the registry is away.
+        """
+        with self._talk(f"read run {run_id}"):
+            return _run_info(self._client.get_run(run_id))
 
     def run_url(self, run_id: str) -> str:
         """Address of the run in MLflow's web interface; empty when there is no server."""
@@ -607,6 +617,11 @@ def _metrics(values: Iterable[tuple[str, float, int]]) -> list[Metric]:
 
 def _aliases(model: RegisteredModel) -> dict[str, int]:
     return {alias: int(version) for alias, version in model.aliases.items()}
+
+
+def _run_info(found: Run) -> RunInfo:
+    data = found.data
+    return RunInfo(found.info.run_id, data.tags, data.metrics, data.params)
 
 
 def _info(found: ModelVersion) -> VersionInfo:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import ColumnElement, Connection, Engine, and_, insert, select, update
 
+from forecasting import audit
 from forecasting.store import exclude_writers, gate_looks, now
 
 
@@ -91,7 +92,28 @@ def close(engine: Engine, look: Look, verdict: str, reasons: str) -> None:
     """Write down the verdict, `passed` or `refused`; the newest one stays."""
     same = _same(look.forecaster, look.model_sha256, look.first_day, look.last_day)
     with engine.begin() as connection:
-        connection.execute(update(gate_looks).where(same).values(verdict=verdict, reasons=reasons))
+        line = connection.execute(
+            update(gate_looks)
+            .where(same)
+            .values(verdict=verdict, reasons=reasons)
+            .returning(gate_looks.c.run_id, gate_looks.c.dataset_md5)
+        ).one()
+        audit.add(
+            connection,
+            "verdict",
+            look.forecaster,
+            who=f"gate of run {line.run_id}",
+            reason=reasons,
+            details={
+                "verdict": verdict,
+                "run_id": line.run_id,
+                "model_sha256": look.model_sha256,
+                "dataset_md5": line.dataset_md5,
+                "first_day": look.first_day.isoformat(),
+                "last_day": look.last_day.isoformat(),
+                "uses": look.uses,
+            },
+        )
 
 
 def _same(forecaster: str, model_sha256: str, first: date, last: date) -> ColumnElement[bool]:

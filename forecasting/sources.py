@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import PurePosixPath
 from types import ModuleType
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 from zoneinfo import ZoneInfo
 
 import aiohttp
@@ -101,6 +101,13 @@ class Payload:
         if isinstance(self.content, pd.DataFrame) or not name:
             return f"{self.symbol}.csv"
         return PurePosixPath(name).stem if infer_compression(name) else name
+
+    @property
+    def origin(self) -> str:
+        """Name and address of the source, without what could be a secret of the address."""
+        parts = urlsplit(self.address)
+        shown = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
+        return f"{self.source} {urlunsplit(shown)}"
 
     def to_bytes(self) -> bytes:
         """The content as bytes (a table as CSV)."""

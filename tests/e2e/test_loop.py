@@ -3,12 +3,14 @@
 The tests are steps of one story and run in the order in which they stand.
 """
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 import time
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,7 +20,7 @@ from sqlalchemy import select
 from deployments.automations import automations
 from deployments.prefect_api import PrefectApi, Run
 from deployments.stack import PREFECT_FILE, Stack
-from forecasting import datasets, promotion
+from forecasting import costs, datasets, promotion
 from forecasting.contract import read_contract
 from forecasting.events import DriftDetected
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
@@ -181,19 +183,22 @@ def readme_commands() -> list[str]:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed here")
-def test_the_readmes_curl_examples_work_as_printed(stack: Stack) -> None:
+def test_the_readmes_curl_examples_work_as_printed(stack: Stack, tmp_path: Path) -> None:
     for command in readme_commands():
         here = command.replace("http://127.0.0.1:8200", stack.server_url)
+        here = here.replace("http://127.0.0.1:5000", stack.mlflow_url)
         here = here.replace(".venv/bin/python", sys.executable)
         assert stack.server_url in here
         done = subprocess.run(
             ["bash", "-o", "pipefail", "-ec", here.replace("curl -s", "curl -sS --fail-with-body")],
-            cwd=README.parent,
+            cwd=tmp_path,
+            env=stack.environment(),
             capture_output=True,
             text=True,
         )
         assert done.returncode == 0, f"{here}\n{done.stdout}\n{done.stderr}"
-    assert len(readme_commands()) == 3
+    assert len(readme_commands()) == 4
+    assert "unknown" not in (tmp_path / "lineage.html").read_text()
 
 
 def test_forecasts_were_logged_and_get_their_actuals(
@@ -228,6 +233,40 @@ def test_rollback_by_deployment_is_served_at_once(
     assert ask(stack)["model_version"] == 1
     assert registry.aliases(NAME) == {PRODUCTION: 1, PREVIOUS: 3}
     assert registry.version(NAME, 1).tags["promoted_because"] == "an exercise"
+
+
+def test_an_answer_leads_back_to_file_run_and_promoter(stack: Stack) -> None:
+    answer = ask(stack)
+    shown = recorded(stack, "lineage", json.dumps(answer))
+    assert "missing" not in shown
+    for part in (answer["run_id"], answer["dataset_md5"], answer["prices_md5"], "an exercise"):
+        assert part in shown
+    assert "sample bokeh_sampledata" in shown
+    assert re.search(r"rows +\d+ to \d+: \d{4}-", shown)
+
+
+def test_what_was_done_and_what_it_cost_is_on_record(stack: Stack, settings: Settings) -> None:
+    lines = [json.loads(line) for line in recorded(stack, "audit").splitlines()]
+    assert {"alias", "trigger", "skip", "retrain", "verdict"} <= {each["kind"] for each in lines}
+    assert all(each["reason"] and each["who"] for each in lines)
+    with engine_of(settings.sql_url) as engine:
+        runs = costs.summary(costs.read(engine))
+    assert {"train", "monitor", "retrain", "rollback"} <= set(runs.index)
+    assert (runs["cpu_minutes"] > 0).all()
+
+
+def recorded(stack: Stack, command: str, piped: str = "") -> str:
+    """What `python -m deployments.record` prints in the stack's environment."""
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.record", command],
+        input=piped,
+        env=stack.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_failed_run_leaves_production_as_it_was(

@@ -18,6 +18,7 @@ from forecasting.contract import Snapshot, decode
 from forecasting.datasets import DatasetVersion
 from forecasting.errors import BadPricesError, DatasetError, HistoryError, SourceError
 from forecasting.settings import Settings, load_settings
+from forecasting.sources import Payload
 from tests import series
 
 MONDAY, TUESDAY, SATURDAY = date(2008, 9, 15), date(2008, 9, 16), date(2008, 9, 20)
@@ -217,14 +218,39 @@ def test_every_row_after_as_of_may_change_without_a_trace(tmp_path):
     as_of = date.fromisoformat(table["date"][40])
     made = []
     for name, content in (("a", table), ("b", other)):
-        folder = tmp_path / name
-        folder.mkdir()
-        series.write_csv(content, folder / "TEST.csv")
-        settings = from_file(folder)
+        series.write_csv(content, tmp_path / "TEST.csv")  # the address is told, so it is the same
+        settings = from_file(tmp_path).model_copy(update={"home": tmp_path / name})
         version = datasets.ingest(settings, ["TEST"], as_of)
         made.append((version, datasets.load_frame(settings, "TEST", as_of)))
     assert made[0][0] == made[1][0]
     assert made[0][1].equals(made[1][1])
+
+
+def test_a_version_says_which_file_and_rows_a_span_of_days_is(tmp_path):
+    series.write_csv(series.table(60), tmp_path / "TEST.csv")
+    settings = from_file(tmp_path)
+    days = [date.fromisoformat(day) for day in series.table(60)["date"]]
+    first = datasets.ingest(settings, ["TEST"], days[40])
+    second = datasets.ingest(settings, ["TEST"], days[59])
+    for version, span, rows in (
+        (first, (days[3], days[40]), (3, 40)),
+        (second, (days[41], days[59]), (41, 59)),
+    ):
+        md5, *found = datasets.row_span(settings, "TEST", version.md5, *span)
+        assert tuple(found) == rows
+        content = datasets.read_bytes(settings, version.md5, "TEST/rows.parquet")
+        assert hashlib.md5(content).hexdigest() == md5
+    address = f"file {tmp_path / 'TEST.csv'}"
+    assert datasets.source_of(settings, "TEST", first.md5) == address
+    assert datasets.source_of(settings, "TEST", second.md5) == address
+    assert datasets.source_of(settings, "OTHER", second.md5) == ""
+    with pytest.raises(DatasetError, match="no row of TEST"):
+        datasets.row_span(settings, "TEST", first.md5, days[45], days[50])
+
+
+def test_a_secret_of_an_address_is_not_written_down():
+    payload = Payload("X", "file", "https://anna:pw@prices.example/X.csv?token=1#a", b"")
+    assert payload.origin == "file https://prices.example/X.csv"
 
 
 # --- revisions and bad files -----------------------------------------------------------------
