@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from forecasting.errors import HistoryError
@@ -168,17 +169,37 @@ def _residual_quantiles(
     """Quantiles of the residuals known at each row; `residuals[h-1][s]` is known at row s + h."""
     out = np.empty((len(rows), len(residuals), len(levels)))
     for step, errors in enumerate(residuals, start=1):
-        for i, row in enumerate(rows):
-            known = errors[: max(row - step + 1, 0)]
-            known = known[np.isfinite(known)]
-            known = known if window is None else known[-window:]
-            if len(known) < _LEAST_RESIDUALS:
-                raise HistoryError(
-                    f"A {step}-day forecast from row {row} knows {len(known)} past residuals; "
-                    f"at least {_LEAST_RESIDUALS} are needed. Start at a later origin."
-                )
-            out[i, step - 1] = np.quantile(known, levels)
+        known = np.maximum(rows - step + 1, 0)  # how many of the residuals
+        full = _full_windows(errors, known, window)
+        if window is not None and full.any():  # all at once; sorting first is faster
+            windows = sliding_window_view(errors, window)[known[full] - window]
+            out[full, step - 1] = np.quantile(np.sort(windows, axis=1), levels, axis=1).T
+        for i in np.flatnonzero(~full):
+            out[i, step - 1] = _quantiles_known(errors[: known[i]], levels, window, step, rows[i])
     return out
+
+
+def _full_windows(errors: Array, known: NDArray[np.intp], window: int | None) -> NDArray[np.bool_]:
+    """Where the latest `window` residuals are there and all of them are numbers."""
+    if window is None:
+        return np.zeros(len(known), dtype=np.bool_)
+    first = len(errors) - len(np.trim_zeros(np.isfinite(errors), "f"))
+    full: NDArray[np.bool_] = known - window >= first
+    return full
+
+
+def _quantiles_known(
+    errors: Array, levels: Sequence[float], window: int | None, step: int, row: int
+) -> Array:
+    known = errors[np.isfinite(errors)]
+    known = known if window is None else known[-window:]
+    if len(known) < _LEAST_RESIDUALS:
+        raise HistoryError(
+            f"A {step}-day forecast from row {row} knows {len(known)} past residuals; "
+            f"at least {_LEAST_RESIDUALS} are needed. Start at a later origin."
+        )
+    quantiles: Array = np.quantile(known, levels)
+    return quantiles
 
 
 def _too_short(frame: pd.DataFrame, row: int, needed: int) -> None:

@@ -48,6 +48,51 @@ def crps(y: ArrayLike, q: ArrayLike, levels: ArrayLike) -> Array:
     return score
 
 
+def most_better(q: ArrayLike, other: ArrayLike, levels: ArrayLike) -> Array:
+    """The most by which the CRPS of one forecast can be below another's, whatever comes.
+
+    The difference of both scores is linear between quantiles and constant beyond them, so it is
+    largest at one of the quantiles.
+
+    Args:
+        q: quantiles of the one [..., k].
+        other: quantiles of the other [..., k].
+        levels: probabilities of both [k].
+
+    Returns:
+        Never negative [...], in units of the quantiles.
+    """
+    own, reference = np.asarray(q, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    most: Array = np.zeros(np.broadcast_shapes(own.shape, reference.shape)[:-1])
+    for step in range(own.shape[-1]):
+        for y in (own[..., step], reference[..., step]):
+            most = np.maximum(most, crps(y, reference, levels) - crps(y, own, levels))
+    return most
+
+
+def expected_crps(q: ArrayLike, levels: ArrayLike) -> Array:
+    """The CRPS that a forecast expects of itself: its mean where outcomes follow the forecast.
+
+    Between two levels outcomes are taken to lie halfway, beyond the outermost as far out as an
+    exponential tail through the last two levels does on average (the score is linear there).
+
+    Args:
+        q: quantiles [..., k], ascending, at least two.
+        levels: probabilities [k], ascending, in (0, 1).
+
+    Returns:
+        Score [...], in units of the quantiles.
+    """
+    p, own = np.asarray(levels, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    low = own[..., 0] - (own[..., 1] - own[..., 0]) / np.log(p[1] / p[0])
+    high = own[..., -1] + (own[..., -1] - own[..., -2]) / np.log((1 - p[-2]) / (1 - p[-1]))
+    total: Array = p[0] * crps(low, own, p) + (1 - p[-1]) * crps(high, own, p)
+    for step in range(len(p) - 1):
+        middle = (own[..., step] + own[..., step + 1]) / 2
+        total = total + (p[step + 1] - p[step]) * crps(middle, own, p)
+    return total
+
+
 def coverage(y: ArrayLike, q: ArrayLike, levels: ArrayLike, mass: float) -> Array:
     """Share of outcomes inside the central interval of probability `mass`, per horizon.
 

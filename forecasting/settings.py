@@ -134,6 +134,13 @@ class Settings(BaseSettings):
     drift_share: float = Field(
         0.5, gt=0, le=1, description="Share of drifted features at which a drift event is emitted."
     )
+    performance_alpha: float = Field(
+        0.01,
+        gt=0,
+        lt=1,
+        description="Probability that a version which is no worse than the random walk is ever "
+        "said to have degraded.",
+    )
     retrain_cooldown_days: int = Field(
         20, ge=0, description="Trading days during which a symbol is not retrained again."
     )
