@@ -17,6 +17,10 @@ Whether an interval holds too little, or too much, is the same bet on being miss
 Wealth is the mean over a grid of constant stakes, so that nothing has to be tuned. Losses of
 forecasts h days ahead overlap: they are h interleaved series whose wealths are averaged (Henzi and
 Ziegel 2022, "Valid sequential inference on probability forecast performance").
+
+Who bets against a forecaster that is good for years has little left when it turns bad. So with
+`fresh` half of the wealth is kept back for gamblers who begin later, the j-th with 1 / 2j(j+1) of
+all: together they still begin with 1, and late changes are found as well.
 """
 
 from dataclasses import dataclass
@@ -52,7 +56,13 @@ class Evidence:
         return self.peak >= 1 / alpha
 
 
-def evidence(losses: Array, reference: Array, lag: int = 1, scale: Array | None = None) -> Evidence:
+def evidence(
+    losses: Array,
+    reference: Array,
+    lag: int = 1,
+    scale: Array | None = None,
+    fresh: int = 0,
+) -> Evidence:
     """Evidence that `losses` are larger than `reference` on average.
 
     Args:
@@ -61,11 +71,12 @@ def evidence(losses: Array, reference: Array, lag: int = 1, scale: Array | None 
         lag: days ahead of the forecasts.
         scale: the most by which `losses` can be the smaller, of each day and known before it,
             positive, shape (n,); the larger of both losses if absent.
+        fresh: days after which another gambler begins; 0: none does.
 
     Raises:
         ValueError: shapes differ, a loss is negative or no number, or a scale too small.
     """
-    path = wealth(losses, reference, lag, scale)
+    path = wealth(losses, reference, lag, scale, fresh)
     if not len(path):
         return Evidence(1.0, 1.0, 0, float("nan"))
     mean = float(np.mean(reference))
@@ -73,9 +84,15 @@ def evidence(losses: Array, reference: Array, lag: int = 1, scale: Array | None 
     return Evidence(float(path[-1]), float(max(1.0, path.max())), len(path), relative)
 
 
-def wealth(losses: Array, reference: Array, lag: int = 1, scale: Array | None = None) -> Array:
+def wealth(
+    losses: Array,
+    reference: Array,
+    lag: int = 1,
+    scale: Array | None = None,
+    fresh: int = 0,
+) -> Array:
     """The e-value after each day, shape (n,); arguments as of `evidence`."""
-    return _grow(_outcomes(losses, reference, scale), lag)
+    return _grow(_outcomes(losses, reference, scale), lag, fresh)
 
 
 def coverage_wealth(
@@ -84,6 +101,7 @@ def coverage_wealth(
     least: float,
     most: float,
     lag: int = 1,
+    fresh: int = 0,
 ) -> Array:
     """The e-value against an interval that is right, or wrong for reasons that are not its own.
 
@@ -97,6 +115,7 @@ def coverage_wealth(
         least: smallest probability of a miss that is no fault, in (0, 1).
         most: largest one.
         lag: days ahead of the forecasts.
+        fresh: days after which another gambler begins; 0: none does.
 
     Returns:
         After each day, shape (n,).
@@ -110,14 +129,29 @@ def coverage_wealth(
             f"{most:g} and shapes {missed.shape}, {reference.shape}."
         )
     own, other = missed.astype(np.float64), reference.astype(np.float64)
-    narrow = np.minimum(_grow((own - most) / most, lag), _grow(own - other, lag))
-    wide = np.minimum(_grow((least - own) / (1 - least), lag), _grow(other - own, lag))
+    narrow = np.minimum(_grow((own - most) / most, lag, fresh), _grow(own - other, lag, fresh))
+    wide = np.minimum(
+        _grow((least - own) / (1 - least), lag, fresh), _grow(other - own, lag, fresh)
+    )
     both: Array = (narrow + wide) / 2
     return both
 
 
-def _grow(outcome: Array, lag: int) -> Array:
+def _grow(outcome: Array, lag: int, fresh: int) -> Array:
     """Wealth after each of the outcomes, each at least -1; mean over stakes and series."""
+    if not fresh:
+        return _grow_from_start(outcome, lag)
+    total = _grow_from_start(outcome, lag) / 2
+    kept = 0.5
+    for number, start in enumerate(range(fresh, len(outcome), fresh), start=1):
+        share = 0.5 / (number * (number + 1))
+        total[:start] += share
+        total[start:] += share * _grow_from_start(outcome[start:], lag)
+        kept -= share
+    return total + kept
+
+
+def _grow_from_start(outcome: Array, lag: int) -> Array:
     total = np.zeros(len(outcome))
     for start in range(lag):
         own = np.arange(start, len(outcome), lag)
