@@ -1,18 +1,21 @@
 """Compare recent prices with what the version in production learnt from; alarm on drift."""
 
+from collections.abc import Sequence
 from datetime import date
 from uuid import UUID
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel
+from sqlalchemy import Engine
 
 from flows.ingest import today_or
 from forecasting import datasets
 from forecasting.assignment import who_serves
+from forecasting.contract import Contract
 from forecasting.errors import HistoryError
-from forecasting.registry import open_registry
-from forecasting.settings import load_settings
+from forecasting.registry import Registry, open_registry
+from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
 from tasks.events import deliver_events
@@ -22,6 +25,7 @@ from tasks.monitor import (
     compare,
     find_faults,
     join_actuals,
+    keep_snapshot,
     last_check,
     last_known,
     production_contract,
@@ -29,12 +33,14 @@ from tasks.monitor import (
     report,
     was_alarmed,
 )
+from tasks.performance import alarm_degraded, record_scores, score_forecasts, watch_served
 
 
 class MonitorResult(BaseModel):
     """What one monitor run saw; without new prices there is no check, no share and no run id.
 
-    `faults` are of the newest prices; while there are any, drift is told but alarms nobody.
+    `faults` are of the newest prices; while there are any, drift and degraded forecasts are told
+    but alarm nobody. `performance` says how the version in production fares.
     """
 
     symbol: str
@@ -48,6 +54,10 @@ class MonitorResult(BaseModel):
     run_id: str = ""
     faults: list[str] = []
     event_id: UUID | None = None
+    degraded: bool = False
+    evidence: float | None = None
+    performance: str = ""
+    degraded_event_id: UUID | None = None
 
 
 @flow(name="monitor")
@@ -58,8 +68,9 @@ def monitor(
     """Check for drift on `as_of`, and catch up on the weekly checks missed since the last one.
 
     Only the newest check acts: it says what is true now. It emits `perennial.drift.detected`, once
-    a day and version, which an automation answers with the deployment `retrain`. Prices that cannot
-    be right, or did not come, are `perennial.data.faulty`; no training follows from them.
+    a day and version, which an automation answers with the deployment `retrain`; forecasts that got
+    worse than they should be are `perennial.performance.degraded`, once a version. Prices that
+    cannot be right, or did not come, are `perennial.data.faulty`; no training follows from them.
 
     Args:
         symbol: whose prices, and whose forecaster: its own or one that serves it with others.
@@ -88,15 +99,7 @@ def monitor(
         after = since or last_check(engine, symbol)
         days = check_days(after, last_known(settings, symbol, day, md5))
         if days:
-            verdicts, html = compare(settings, contract, symbol, days, md5)
-            newest = verdicts[-1]
-            seen.summary, seen.drifted, seen.share = newest.summary(), newest.drifted, newest.share
-            seen.checks = len(verdicts)
-            seen.run_id = report(registry, engine, version, symbol, md5, verdicts, html)
-            known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
-            if newest.drifted and not known and not seen.faults:
-                seen.event_id = alarm(engine, contract, version, symbol, newest)
-            record_checks(engine, contract, version, symbol, verdicts, str(flow_run.id or "local"))
+            _check(settings, registry, engine, contract, seen, md5, days)
         else:
             seen.summary = (
                 f"Nothing to check: on {day} no prices of {symbol} after {after} are known."
@@ -104,3 +107,42 @@ def monitor(
     deliver_events(settings)
     get_run_logger().info(seen.summary)
     return seen
+
+
+def _check(
+    settings: Settings,
+    registry: Registry,
+    engine: Engine,
+    contract: Contract,
+    seen: MonitorResult,
+    md5: str,
+    days: Sequence[date],
+) -> None:
+    """Look at prices and forecasts, tell and record it; what was seen is filled in."""
+    symbol, version = seen.symbol, seen.version
+    verdicts, snapshot = compare(settings, contract, symbol, days, md5)
+    newest = verdicts[-1]
+    seen.summary, seen.drifted, seen.share = newest.summary(), newest.drifted, newest.share
+    seen.checks = len(verdicts)
+    fares = score_forecasts(settings, engine, contract, version, symbol, seen.as_of, md5)
+    seen.performance, seen.degraded, seen.evidence = fares.summary(), fares.degraded, fares.evidence
+    answered = watch_served(settings, registry, engine, contract, version, symbol, seen.as_of, md5)
+    seen.run_id = report(
+        registry, engine, version, symbol, md5, verdicts, snapshot, fares, answered
+    )
+    keep_snapshot(settings, version, symbol, newest.recent_end, snapshot)
+    record_scores(engine, contract, version, symbol, verdicts, fares, answered)
+    known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
+    if newest.drifted and not known and not seen.faults:
+        seen.event_id = alarm(engine, contract, version, symbol, newest)
+    if fares.degraded and not seen.faults:
+        seen.degraded_event_id = alarm_degraded(engine, fares)
+    record_checks(
+        engine,
+        contract,
+        version,
+        symbol,
+        verdicts,
+        str(flow_run.id or "local"),
+        alarmed=seen.event_id is not None,
+    )

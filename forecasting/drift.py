@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from evidently import ColumnType, DataDefinition, Dataset, Regression, Report
+from evidently.core.report import Snapshot as Snapshot  # for those who hand it on
 from evidently.legacy.calculations.stattests import wasserstein_stat_test
 from evidently.presets import DataDriftPreset, RegressionPreset
+from numpy.typing import ArrayLike
 
 from forecasting.breaks import Shift
 from forecasting.errors import DataError, HistoryError
@@ -248,13 +250,21 @@ def compare(
         DataError: windows of unequal length, other columns than `FEATURES`, or not finite.
     """
     _check(reference, recent)
-    scores = {}
-    for name in FEATURES:
-        result = wasserstein_stat_test(
-            reference.table[name], recent[name], ColumnType.Numerical, threshold
-        )
-        scores[name] = float(result.drift_score)
+    scores = {name: distance(reference.table[name], recent[name]) for name in FEATURES}
     return _verdict(reference, recent, scores, threshold, share)
+
+
+def distance(reference: ArrayLike, recent: ArrayLike) -> float:
+    """Evidently's normed Wasserstein distance of two samples, in standard deviations of the first.
+
+    Args:
+        reference: sample [n].
+        recent: sample [n], as long as the other: distances depend on the number of rows.
+    """
+    result = wasserstein_stat_test(
+        pd.Series(np.asarray(reference)), pd.Series(np.asarray(recent)), ColumnType.Numerical, None
+    )
+    return float(result.drift_score)
 
 
 def compare_dates(
@@ -293,6 +303,14 @@ def drift_report(
     Returns:
         (verdict, one self-contained HTML page).
     """
+    verdict, snapshot = drift_snapshot(reference, recent, threshold, share)
+    return verdict, page(snapshot)
+
+
+def drift_snapshot(
+    reference: Reference, recent: pd.DataFrame, threshold: float, share: float
+) -> tuple[DriftVerdict, Snapshot]:
+    """As `drift_report`, with Evidently's own object in place of the page."""
     _check(reference, recent)
     definition = DataDefinition(numerical_columns=list(FEATURES))
     columns = list(FEATURES)
@@ -300,14 +318,19 @@ def drift_report(
     snapshot = Report([preset]).run(
         Dataset.from_pandas(recent[columns], data_definition=definition),
         Dataset.from_pandas(reference.table, data_definition=definition),
+        timestamp=recent.index[-1].to_pydatetime(),
     )
     scores = {
         metric["config"]["column"]: float(metric["value"])
         for metric in snapshot.dict()["metrics"]
         if "column" in metric["config"]
     }
-    verdict = _verdict(reference, recent, scores, threshold, share)
-    return verdict, str(snapshot.get_html_str(as_iframe=False))
+    return _verdict(reference, recent, scores, threshold, share), snapshot
+
+
+def page(snapshot: Snapshot) -> str:
+    """One self-contained HTML page."""
+    return str(snapshot.get_html_str(as_iframe=False))
 
 
 def regression_report(joined: pd.DataFrame) -> tuple[RegressionScores, str]:
@@ -341,9 +364,7 @@ def regression_report(joined: pd.DataFrame) -> tuple[RegressionScores, str]:
         snapshot = Report([RegressionPreset()]).run(
             Dataset.from_pandas(table, data_definition=definition), None
         )
-    return _regression_scores(snapshot.dict()["metrics"], len(table)), str(
-        snapshot.get_html_str(as_iframe=False)
-    )
+    return _regression_scores(snapshot.dict()["metrics"], len(table)), page(snapshot)
 
 
 def _regression_scores(metrics: list[dict[str, Any]], rows: int) -> RegressionScores:

@@ -98,7 +98,8 @@ class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
 
     `evidence` is an e-value: the odds against no degradation that the days since `since` bring, at
     least one over the false-alarm rate of the whole watch (Ville's inequality). CRPS are means over
-    these days in bp of log return.
+    these days in bp of log return, `horizon` days ahead where that speaks loudest; `coverage` is
+    the share of them that the 80 % interval held.
     """
 
     schema: Literal[1] = 1
@@ -109,8 +110,10 @@ class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
     against: str
     since: date
     days: int
+    horizon: int = 1
     crps_bp: float
     against_crps_bp: float
+    coverage: float | None = None
     evidence: float
 
     name = "perennial.performance.degraded"

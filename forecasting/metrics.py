@@ -135,18 +135,28 @@ def inside(y: ArrayLike, q: ArrayLike, levels: ArrayLike, mass: float) -> NDArra
     if not p[0] - slack <= low <= high <= p[-1] + slack:
         raise ValueError(f"levels {p[0]:g}..{p[-1]:g} hold no central interval of mass {mass:g}")
     outcome, quantiles = np.asarray(y, dtype=np.float64), np.asarray(q, dtype=np.float64)
-    held: NDArray[np.bool_] = (outcome >= _at(quantiles, p, low)) & (
-        outcome <= _at(quantiles, p, high)
+    held: NDArray[np.bool_] = (outcome >= at_level(quantiles, p, low)) & (
+        outcome <= at_level(quantiles, p, high)
     )
     return held
 
 
-def _at(q: Array, levels: Array, level: float) -> Array:
-    """Quantile at `level`, linear between its neighbours; [...]."""
-    right = int(np.clip(np.searchsorted(levels, level - 1e-9), 1, len(levels) - 1))
-    weight = (level - levels[right - 1]) / (levels[right] - levels[right - 1])
+def at_level(q: ArrayLike, levels: ArrayLike, level: float) -> Array:
+    """Quantile at one level, linear between its neighbours.
+
+    Args:
+        q: quantiles [..., k].
+        levels: probabilities [k], ascending.
+        level: which, within the levels.
+
+    Returns:
+        [...].
+    """
+    p, quantiles = np.asarray(levels, dtype=np.float64), np.asarray(q, dtype=np.float64)
+    right = int(np.clip(np.searchsorted(p, level - 1e-9), 1, len(p) - 1))
+    weight = (level - p[right - 1]) / (p[right] - p[right - 1])
     weight = min(max(round(float(weight), 9), 0.0), 1.0)  # a level itself gives its quantile
-    between: Array = (1.0 - weight) * q[..., right - 1] + weight * q[..., right]
+    between: Array = (1.0 - weight) * quantiles[..., right - 1] + weight * quantiles[..., right]
     return between
 
 

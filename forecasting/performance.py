@@ -24,6 +24,7 @@ from sqlalchemy import Engine, select
 
 from forecasting import metrics, sequential
 from forecasting.baselines import random_walk_quantiles
+from forecasting.events import PerformanceDegraded
 from forecasting.metrics import Array
 from forecasting.store import predictions
 
@@ -175,14 +176,12 @@ class Performance:
         return max(self.bets, key=lambda bet: bet.value, default=None)
 
     def table(self) -> list[dict[str, Any]]:
-        """One row a horizon, for reports; NaN is None."""
-        return [
-            {
-                name: None if isinstance(value, float) and not np.isfinite(value) else value
-                for name, value in (asdict(each) | _derived(each)).items()
-            }
-            for each in self.rolling
-        ]
+        """One row a horizon, for reports."""
+        return [_row(asdict(each) | _derived(each)) for each in self.rolling]
+
+    def bet_table(self) -> list[dict[str, Any]]:
+        """One row a bet, for reports."""
+        return [_row(asdict(each)) for each in self.bets]
 
     def scores(self) -> dict[tuple[str, int], float]:
         """Every finite score by name and horizon; 0 is of no one horizon."""
@@ -194,6 +193,31 @@ class Performance:
         for bet in self.bets:
             found[f"evidence_{bet.claim}", bet.horizon] = bet.value
         return {key: value for key, value in found.items() if np.isfinite(value)}
+
+    def event(self) -> PerformanceDegraded:
+        """What is told, of the bet that won most.
+
+        Raises:
+            ValueError: no forecast has its label yet.
+        """
+        strongest = self.strongest
+        if strongest is None or self.since is None:
+            raise ValueError(f"Nothing can be told of {self}: no forecast has its label yet.")
+        same = {bet.claim: bet for bet in self.bets if bet.horizon == strongest.horizon}
+        return PerformanceDegraded(
+            symbol=self.symbol,
+            as_of=self.as_of,
+            forecaster=self.forecaster,
+            version=self.version,
+            against=WALK,
+            since=self.since,
+            days=strongest.days,
+            horizon=strongest.horizon,
+            crps_bp=same["crps"].own,
+            against_crps_bp=same["crps"].against,
+            coverage=same["coverage"].own,
+            evidence=self.evidence,
+        )
 
     def summary(self) -> str:
         """One sentence for logs and reports."""
@@ -390,6 +414,14 @@ def _bets_on(logged: Logged, step: int) -> Iterator[tuple[Bet, NDArray[np.dateti
 
 def _derived(scores: Scores) -> dict[str, float]:
     return {"over_walk": scores.over_walk, "expected_error": scores.expected_error}
+
+
+def _row(values: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them: NaN is None."""
+    return {
+        name: None if isinstance(value, float) and not np.isfinite(value) else value
+        for name, value in values.items()
+    }
 
 
 def _relative(value: float, base: float) -> float:

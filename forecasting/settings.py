@@ -279,6 +279,11 @@ class Settings(BaseSettings):
         return self.home / "traffic.json"
 
     @property
+    def evidently_dir(self) -> Path:
+        """Workspace that `evidently ui` opens."""
+        return self.home / "evidently"
+
+    @property
     def quarantine_dir(self) -> Path:
         """Refused price files."""
         return self.home / "quarantine"

@@ -11,19 +11,21 @@ import pandas as pd
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from sqlalchemy import Engine, func, select
+from sqlalchemy import Engine, and_, func, not_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import breaks, datasets, drift, events, faults, outcomes
+from forecasting import breaks, datasets, drift, events, faults, outcomes, workspace
 from forecasting.breaks import Shift
 from forecasting.contract import Contract, read_contract
-from forecasting.drift import DriftVerdict
+from forecasting.drift import DriftVerdict, Snapshot
 from forecasting.errors import HistoryError, RegistryError
+from forecasting.performance import Performance
 from forecasting.predictions import ANSWERS
 from forecasting.registry import PRODUCTION, Registry
 from forecasting.sessions import sessions_between
 from forecasting.settings import Settings
 from forecasting.store import checks, now
+from tasks.performance import Served
 
 EVERY = 5
 """Sessions between two checks when a monitor catches up on missed days."""
@@ -47,12 +49,12 @@ def production_contract(registry: Registry, forecaster: str) -> tuple[int, Contr
 
 
 def last_check(engine: Engine, symbol: str) -> date | None:
-    """Day of the symbol's newest recorded check."""
+    """Day of the symbol's newest recorded check, but for drift whose alarm was held back: that day
+    is to be checked again."""
+    held_back = and_(checks.c.drifted, func.coalesce(checks.c.alarmed, True).is_(False))
+    query = select(func.max(checks.c.as_of)).where(checks.c.symbol == symbol, not_(held_back))
     with engine.connect() as connection:
-        found = connection.execute(
-            select(func.max(checks.c.as_of)).where(checks.c.symbol == symbol)
-        )
-        return found.scalar_one_or_none()
+        return connection.execute(query).scalar_one_or_none()
 
 
 def last_known(settings: Settings, symbol: str, as_of: date, md5: str) -> date:
@@ -62,8 +64,10 @@ def last_known(settings: Settings, symbol: str, as_of: date, md5: str) -> date:
 
 
 def was_alarmed(engine: Engine, contract: Contract, version: int, symbol: str, day: date) -> bool:
-    """Whether a check of that day already found drift from that version."""
-    query = select(checks.c.drifted).where(
+    """Whether drift of that day from that version was told. Drift that was held back was not; of
+    checks from before that was written down, all that drifted were."""
+    told = func.coalesce(checks.c.alarmed, checks.c.drifted)
+    query = select(told).where(
         checks.c.symbol == symbol,
         checks.c.as_of == day,
         checks.c.forecaster == contract.forecaster,
@@ -108,8 +112,8 @@ def join_actuals(settings: Settings, engine: Engine, symbol: str, as_of: date, m
 @task(name="compare", cache_policy=NO_CACHE, timeout_seconds=300)
 def compare(
     settings: Settings, contract: Contract, symbol: str, days: Sequence[date], md5: str
-) -> tuple[list[DriftVerdict], str]:
-    """Verdict of every check day, and the HTML report of the newest."""
+) -> tuple[list[DriftVerdict], Snapshot]:
+    """Verdict of every check day, and Evidently's report of the newest."""
     frame = datasets.load_frame(settings, symbol, days[-1], md5)
     table = drift.features(frame)
     trained_on = datasets.load_frame(settings, symbol, contract.as_of, contract.dataset_md5)
@@ -118,12 +122,12 @@ def compare(
     )
     limits = (settings.drift_threshold, settings.drift_share)
     verdicts = drift.compare_dates(table, reference, days[:-1], *limits)
-    newest, html = drift.drift_report(
+    newest, snapshot = drift.drift_snapshot(
         reference, drift.recent_rows(table, days[-1], settings.drift_window), *limits
     )
     shifts = _shifts(trained_on, contract, frame, days)
     every = zip([*verdicts, newest], shifts, strict=True)
-    return [verdict.with_shift(shift) for verdict, shift in every], html
+    return [verdict.with_shift(shift) for verdict, shift in every], snapshot
 
 
 def _shifts(
@@ -138,6 +142,14 @@ def _shifts(
     return [breaks.look(expectation, frame, day) for day in days]
 
 
+@task(name="keep-snapshot", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def keep_snapshot(
+    settings: Settings, version: int, symbol: str, day: date, snapshot: Snapshot
+) -> None:
+    """Lay Evidently's report of a check into the workspace."""
+    workspace.add(settings.evidently_dir, symbol, day, version, snapshot)
+
+
 @task(name="record-checks", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
 def record_checks(
     engine: Engine,
@@ -146,8 +158,13 @@ def record_checks(
     symbol: str,
     verdicts: Sequence[DriftVerdict],
     flow_run_id: str,
+    *,
+    alarmed: bool,
 ) -> None:
-    """Write every check into SQL; a repeated check replaces nothing."""
+    """Write every check into SQL; a repeated check replaces nothing but that it was told now.
+
+    `alarmed` is of the newest; the ones before it are never told.
+    """
     dialect = postgresql if engine.dialect.name == "postgresql" else sqlite
     rows = [
         {
@@ -159,13 +176,20 @@ def record_checks(
             "threshold": verdict.required_share,
             "drifted": verdict.drifted,
             "features": verdict.scores(),
+            "alarmed": alarmed and verdict is verdicts[-1],
             "flow_run_id": flow_run_id,
             "created_at": now(),
         }
         for verdict in verdicts
     ]
+    insert = dialect.insert(checks)
+    statement = insert.on_conflict_do_update(
+        index_elements=list(checks.primary_key),
+        set_={"alarmed": True},
+        where=insert.excluded.alarmed,
+    )
     with engine.begin() as connection:
-        connection.execute(dialect.insert(checks).on_conflict_do_nothing(), rows)
+        connection.execute(statement, rows)
 
 
 @task(name="report", cache_policy=NO_CACHE)
@@ -176,9 +200,11 @@ def report(
     symbol: str,
     md5: str,
     verdicts: Sequence[DriftVerdict],
-    html: str,
+    snapshot: Snapshot,
+    found: Performance,
+    answered: Served,
 ) -> str:
-    """Verdict, tables and Evidently's pages as MLflow and Prefect artifacts; the MLflow run id."""
+    """Verdicts, tables and Evidently's pages as MLflow and Prefect artifacts; the MLflow run id."""
     newest = verdicts[-1]
     run_id = registry.start_run(
         f"monitor {symbol} {newest.recent_end}",
@@ -190,9 +216,16 @@ def report(
         },
     )
     metrics = [(f"drift_{name}", score, 0) for name, score in newest.scores().items()]
+    metrics += [
+        (f"{name}_h{horizon}" if horizon else name, score, 0)
+        for (name, horizon), score in (found.scores() | answered.scores()).items()
+    ]
     registry.log_metrics(run_id, [("drift_share", newest.share, 0), *metrics])
     registry.log_dict(run_id, {"checks": [asdict(each) for each in verdicts]}, "drift.json")
-    registry.log_text(run_id, html, "drift.html")
+    registry.log_text(run_id, drift.page(snapshot), "drift.html")
+    told = {"summary": found.summary(), "horizons": found.table(), "bets": found.bet_table()}
+    registry.log_dict(run_id, told, "performance.json")
+    registry.log_dict(run_id, answered.tables(), "served.json")
     scored = outcomes.scored(
         engine, symbol, until=newest.recent_end, version=version, sources=ANSWERS
     )
@@ -204,6 +237,8 @@ def report(
         "\n".join(
             [
                 f"**{newest.summary()}**",
+                "",
+                found.summary(),
                 "",
                 *(f"- {v.summary()}" for v in verdicts[:-1]),
                 "",
@@ -228,8 +263,8 @@ def _report_accuracy(registry: Registry, run_id: str, scored: pd.DataFrame) -> N
 def alarm(
     engine: Engine, contract: Contract, version: int, symbol: str, verdict: DriftVerdict
 ) -> UUID:
-    """Write the drift event into the outbox; `deliver_events` posts it."""
-    return events.put(
+    """Write the drift event into the outbox, once a day and version; `deliver_events` posts it."""
+    return events.put_once(
         engine,
         events.DriftDetected(
             symbol=symbol,
@@ -242,4 +277,5 @@ def alarm(
             volatility=verdict.shift.ratio if verdict.shift and verdict.shift.found else None,
             dataset_md5=contract.dataset_md5,
         ),
+        same=f"{symbol} {verdict.recent_end} {contract.forecaster} {version}",
     )

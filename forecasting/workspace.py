@@ -1,0 +1,46 @@
+"""Evidently's workspace under the home: `evidently ui --workspace .perennial/evidently` opens it.
+
+A project a symbol, a snapshot a check. The ids follow from what they are of, so that a check which
+is made again replaces its snapshot.
+"""
+
+from datetime import date
+from pathlib import Path
+from uuid import NAMESPACE_OID, UUID, uuid5
+
+from evidently.core.report import Snapshot
+from evidently.sdk.models import ProjectModel
+from evidently.ui.workspace import Workspace
+
+MOST_SNAPSHOTS = 500
+"""Kept of each symbol: about ten years of weekly checks."""
+
+
+def add(folder: Path, symbol: str, day: date, version: int, snapshot: Snapshot) -> UUID:
+    """Lay the snapshot of a check into the symbol's project; its id.
+
+    Args:
+        folder: of the workspace, made on first use.
+        symbol: whose check; names the project.
+        day: of the check.
+        version: in production then.
+        snapshot: as Evidently made it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    workspace = Workspace(str(folder))
+    project = uuid5(NAMESPACE_OID, f"perennial {symbol}")
+    if workspace.get_project(project) is None:
+        told = "Features of the newest sessions against the training span of the version served."
+        workspace.add_project(ProjectModel(id=project, name=symbol, description=told))
+    identity = uuid5(project, f"{day} {version}")
+    snapshot.set_name(f"{day} version {version}")
+    workspace.state.write_snapshot(project, identity, snapshot.to_snapshot_model())
+    _prune(folder / str(project) / "snapshots")
+    return identity
+
+
+def _prune(folder: Path) -> None:
+    """Remove the snapshots that were written first, as far as there are too many."""
+    written = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    for path in written[:-MOST_SNAPSHOTS]:
+        path.unlink(missing_ok=True)
