@@ -231,7 +231,9 @@ def put_once(engine: Engine, event: Event, same: str = "") -> uuid.UUID:
         same: what makes two events of one name the same; all of their content if empty.
     """
     content = f"{event.name} {same}" if same else msgspec.json.encode(event).decode()
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, content)
+    # homes that share a Prefect server share no ids: it would drop the second event
+    home = engine.url.render_as_string(hide_password=True)
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{home} {content}")
     with suppress(IntegrityError):
         _put(engine, identity, event)
     return identity

@@ -417,11 +417,15 @@ def _derived(scores: Scores) -> dict[str, float]:
 
 
 def _row(values: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them: NaN is None."""
-    return {
-        name: None if isinstance(value, float) and not np.isfinite(value) else value
-        for name, value in values.items()
-    }
+    """Values as JSON has them: NaN is None, a date its text."""
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, date):
+            plain[name] = value.isoformat()
+        else:
+            missing = isinstance(value, float) and not np.isfinite(value)
+            plain[name] = None if missing else value
+    return plain
 
 
 def _relative(value: float, base: float) -> float:

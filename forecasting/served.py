@@ -136,7 +136,7 @@ def traffic(
     Returns:
         One entry a source, most forecasts first.
     """
-    end = datetime.combine(as_of + timedelta(days=1), time(), _MARKET)
+    end = datetime.combine(as_of + timedelta(days=1), time(), _MARKET).astimezone(UTC)
     since = end - timedelta(days=TRAFFIC_DAYS)
     of = predictions.c
     query = (

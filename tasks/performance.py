@@ -29,7 +29,6 @@ from forecasting.settings import Settings
 from forecasting.store import now, scores
 from forecasting.windows import make_windows
 
-
 _TOLD = {
     "prediction_drift": "Predictions against those that are usual for the version; alarms nobody",
     "traffic": f"What was asked in the last {served.TRAFFIC_DAYS} days; alarms nobody",

@@ -8,14 +8,17 @@ import json
 from collections.abc import Iterator
 from datetime import UTC, date, datetime
 from pathlib import Path
+from statistics import NormalDist
 from uuid import UUID
 
+import numpy as np
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilter
 
 from flows.monitor import MonitorResult, monitor
 from forecasting import datasets, events, outcomes
+from forecasting.contract import QUANTILE_LEVELS
 from forecasting.drift import FEATURES, SHIFT
 from forecasting.errors import HistoryError, RegistryError
 from forecasting.events import DriftDetected
@@ -23,7 +26,7 @@ from forecasting.predictions import Spool
 from forecasting.registry import PRODUCTION, open_registry
 from forecasting.sessions import sessions_between
 from forecasting.settings import Settings, load_settings
-from forecasting.store import checks, engine_of, outbox
+from forecasting.store import checks, engine_of, outbox, scores
 from tasks.monitor import check_days
 from tests.flows.support import client_of, configured, flow_artifacts, kept, rows_of
 from tests.models import write_model_folder
@@ -273,6 +276,100 @@ def test_forecasts_are_joined_with_what_came_and_reported(settings):
     assert metrics["forecast_mae"] == pytest.approx(
         (scored["median"] - scored["actual"]).abs().mean()
     )
+
+
+def plant(settings: Settings, width: float, first: date, last: date, **changes: object) -> int:
+    """Forecasts of every session in the prediction log, their intervals `width` times as wide as
+    the market of 2007 was; how many."""
+    frame = datasets.load_frame(settings, "GOOG", CRASH)
+    steps = width * 0.015 * np.sqrt(np.arange(1, 6))[:, None]
+    z = np.array([NormalDist().inv_cdf(level) for level in QUANTILE_LEVELS])
+    folder = settings.spool_dir / f"planted {width}"
+    spool = Spool(folder, "web")
+    origins = sessions_between(first, last)
+    for origin in origins:
+        close = float(frame["close"].loc[str(origin)])
+        quantiles = (close * np.exp(steps * z)).tolist()
+        spool.append(make_prediction(origin, close, quantiles=quantiles, **changes))
+    spool.close()
+    with engine_of(settings.sql_url) as engine:
+        outcomes.drain(engine, folder)
+    return len(origins)
+
+
+def test_degraded_forecasts_are_told_once_by_an_event_that_reaches_prefect(settings):
+    start = datetime.now(UTC)
+    planted = plant(settings, 0.25, date(2007, 1, 3), date(2007, 6, 28))
+    result = monitor(symbol="GOOG", as_of=CALM)
+    assert (result.degraded, result.drifted, result.event_id) == (True, False, None)
+    assert result.evidence >= 1 / settings.performance_alpha
+    assert result.performance.startswith("Degraded: evidence")
+    (event,) = delivered(result.degraded_event_id, start)
+    assert event["event"] == "perennial.performance.degraded"
+    assert event["resource"]["prefect.resource.id"] == "perennial.symbol.GOOG"
+    payload = event["payload"]
+    assert (payload["forecaster"], payload["version"], payload["schema"]) == (NAME, 1, 1)
+    assert (payload["as_of"], payload["since"]) == ("2007-06-29", "2007-01-03")
+    assert payload["days"] <= planted
+    assert payload["coverage"] < 0.5
+    assert payload["crps_bp"] > payload["against_crps_bp"] > 0
+    again = monitor(symbol="GOOG", as_of=CALM, since=date(2007, 6, 28))
+    assert again.degraded_event_id == result.degraded_event_id
+    assert len(rows_of(settings, outbox)) == 1
+
+
+def test_every_score_is_kept_as_a_series_and_shown(settings):
+    plant(settings, 1.0, date(2007, 1, 3), CALM)
+    plant(settings, 1.0, date(2007, 6, 1), CALM, source="post", prices_md5=None)
+    first = monitor(symbol="GOOG", as_of=date(2007, 6, 15))
+    result = monitor(symbol="GOOG", as_of=CALM)
+    assert (result.degraded, result.degraded_event_id) == (False, None)
+    found = {
+        (row["as_of"], row["name"], row["horizon"]): row["value"]
+        for row in rows_of(settings, scores)
+    }
+    days = {day for day, name, _ in found if name == "drift_log_range"}
+    assert days == {date(2007, 6, 15), date(2007, 6, 22), CALM}
+    for horizon in range(1, 6):
+        crps, expected = (found[CALM, name, horizon] for name in ("crps_bp", "expected_crps_bp"))
+        assert found[CALM, "expected_error", horizon] == pytest.approx(crps / expected - 1)
+        assert found[CALM, "coming_crps_bp", horizon] > 0
+        assert 0.5 < found[CALM, "cover80", horizon] <= 1
+        assert found[CALM, "mae_over_walk", horizon] == pytest.approx(1)
+        # the tiny graph's own intervals are a third wider than those that were planted
+        assert found[CALM, "prediction_width_drift", horizon] > 1
+    assert found[date(2007, 6, 15), "evidence", 0] == pytest.approx(first.evidence)
+    metrics = client_of(settings).get_run(result.run_id).data.metrics
+    assert metrics["crps_bp_h5"] == pytest.approx(found[CALM, "crps_bp", 5])
+    told = json.loads(kept(settings, result.run_id, "performance.json"))
+    assert [row["horizon"] for row in told["horizons"]] == [1, 2, 3, 4, 5]
+    shown = flow_artifacts(rows_of(settings, checks, "as_of")[-1]["flow_run_id"])
+    assert [row["horizon"] for row in json.loads(shown["performance"])] == [1, 2, 3, 4, 5]
+    assert len(json.loads(shown["prediction-drift"])) == 5
+
+
+def test_drift_that_was_held_back_for_faulty_prices_is_told_once_they_are_right(settings):
+    late = date(2008, 11, 19)
+    held = monitor(symbol="GOOG", as_of=late, since=date(2008, 11, 7))
+    assert (held.drifted, bool(held.faults), held.event_id) == (True, True, None)
+    (row,) = [each for each in rows_of(settings, checks) if each["as_of"] == CRASH]
+    assert (row["drifted"], row["alarmed"]) == (True, False)
+    told = monitor(symbol="GOOG", as_of=CRASH)  # the same newest prices, none of them missing
+    assert told.event_id is not None
+    (row,) = [each for each in rows_of(settings, checks) if each["as_of"] == CRASH]
+    assert row["alarmed"]
+    assert monitor(symbol="GOOG", as_of=CRASH).checks == 0
+
+
+def test_evidently_opens_the_checks_of_a_symbol(settings):
+    workspace = settings.evidently_dir
+    before = set(workspace.rglob("snapshots/*.json"))
+    monitor(symbol="GOOG", as_of=date(2007, 9, 14))
+    monitor(symbol="GOOG", as_of=date(2007, 9, 14), since=date(2007, 9, 13))
+    (path,) = set(workspace.rglob("snapshots/*.json")) - before
+    assert json.loads(path.read_text())["timestamp"].startswith("2007-09-14")
+    project = json.loads((path.parents[1] / "metadata.json").read_text())
+    assert project["name"] == "GOOG"
 
 
 def test_a_day_before_what_production_knows_is_refused(settings):
