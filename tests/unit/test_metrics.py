@@ -203,3 +203,32 @@ def test_relative_ci_is_free_of_units_and_needs_a_positive_base():
     assert one[0] == pytest.approx(loss.mean() / base.mean() - 1)
     with pytest.raises(ValueError, match="positive"):
         metrics.relative_ci(loss, np.zeros(60), 4)
+
+
+def test_the_most_that_one_forecast_can_win_by_is_that_of_a_fine_grid_of_outcomes():
+    rng = np.random.default_rng(8)
+    levels = np.arange(1, 20) / 20
+    own, other = np.sort(rng.normal(size=(2, 6, 19)))
+    grid = np.linspace(-9, 9, 20_001)
+    for q, reference, most in zip(
+        own, 2 * other, metrics.most_better(own, 2 * other, levels), strict=True
+    ):
+        won = metrics.crps(grid, reference, levels) - metrics.crps(grid, q, levels)
+        assert most >= won.max() - 1e-12
+        assert most == pytest.approx(won.max(), abs=1e-3)
+
+
+def test_a_forecast_that_is_its_own_best_cannot_win():
+    q = np.array([-1.0, 0.0, 1.0])
+    assert metrics.most_better(q, q, [0.25, 0.5, 0.75]) == 0
+
+
+def test_a_normal_forecast_expects_what_normal_outcomes_bring():
+    levels = np.arange(1, 40) / 40
+    q = np.array([NormalDist().inv_cdf(level) for level in levels])
+    outcomes = np.array([NormalDist().inv_cdf((i + 0.5) / 20_000) for i in range(20_000)])
+    came = metrics.crps(outcomes, q, levels).mean()
+    assert metrics.expected_crps(q, levels) == pytest.approx(came, rel=0.01)
+    assert metrics.expected_crps(3 * q + 1, levels) == pytest.approx(
+        3 * metrics.expected_crps(q, levels)
+    )
