@@ -81,6 +81,10 @@ bench-fleet: $(STAMP) ## measure 50 symbols trained by one worker and two; the l
 bench-drift: $(STAMP) ## measure the monitor's false alarms and what it finds; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.drift
 
+.PHONY: bench-degraded
+bench-degraded: $(STAMP) ## measure how soon forecasts that went bad are found; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.degraded
+
 .PHONY: format
 format: $(STAMP) ## format and fix imports
 	$(BIN)/ruff check --fix .

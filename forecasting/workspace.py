@@ -12,8 +12,8 @@ from evidently.core.report import Snapshot
 from evidently.sdk.models import ProjectModel
 from evidently.ui.workspace import Workspace
 
-MOST_SNAPSHOTS = 500
-"""Kept of each symbol: about ten years of weekly checks."""
+MOST_SNAPSHOTS = 200
+"""Kept of each symbol, a third of a megabyte each: four years of weekly checks."""
 
 
 def add(folder: Path, symbol: str, day: date, version: int, snapshot: Snapshot) -> UUID:

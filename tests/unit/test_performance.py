@@ -5,9 +5,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.degraded import ORIGINS, Markets, days_until_found
 from forecasting import outcomes
 from forecasting.contract import QUANTILE_LEVELS
-from forecasting.performance import LEAST_ROWS, ROLLING, Logged, look, place_bets, read_log
+from forecasting.performance import LEAST_ROWS, ROLLING, look, read_log
 from forecasting.predictions import Spool
 from forecasting.sessions import sessions_between
 from tests.predictions import make_prediction
@@ -156,69 +157,9 @@ def test_forecasts_before_the_version_knew_its_data_can_be_left_out(engine, tmp_
     assert (late.since, late.degraded) == (DAYS[190], False)
 
 
-LEVELS = (0.025, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.975)
-ORIGINS, HISTORY, HORIZON = 1000, 250, 5
-
-
-class Markets:
-    """GARCH(1,1) markets of four years, forecast by one who knows their variance.
-
-    Attributes:
-        logs: log prices [series, days].
-        sigma: standard deviation of the next `HORIZON` cumulative returns, as it is known at each
-            origin [series, origins, HORIZON].
-    """
-
-    def __init__(self, series: int, seed: int) -> None:
-        rng, long_run = np.random.default_rng(seed), 0.25**2 / 252
-        variance, days = np.full(series, long_run), HISTORY + ORIGINS + HORIZON
-        moves, known = np.empty((days, series)), np.empty((days, series))
-        for day in range(-200, days):
-            known[day], moves[day] = variance, np.sqrt(variance) * rng.standard_normal(series)
-            variance = 0.02 * long_run + 0.91 * variance + 0.07 * moves[day] ** 2
-        self.logs = np.vstack([np.zeros(series), np.cumsum(moves, axis=0)]).T
-        self.origins = np.arange(HISTORY, HISTORY + ORIGINS)
-        ahead = [
-            sum(long_run + 0.98**i * (known[self.origins].T - long_run) for i in range(step))
-            for step in range(1, HORIZON + 1)
-        ]
-        self.sigma = np.sqrt(np.stack(ahead, axis=2))
-
-    def forecast(self, series: int, width: np.ndarray) -> Logged:
-        """As logged, the intervals of each origin `width` times as wide as is right."""
-        logs, origins = self.logs[series], self.origins
-        z = np.array([NormalDist().inv_cdf(level) for level in LEVELS])
-        steps = range(1, HORIZON + 1)
-        walk = []
-        for step in steps:
-            past = logs[step:] - logs[:-step]
-            windows = np.lib.stride_tricks.sliding_window_view(past, HISTORY - HORIZON)
-            newest = windows[origins - step + 1 - windows.shape[1]]
-            walk.append(np.quantile(np.sort(newest, axis=1), LEVELS, axis=1).T)
-        days = np.datetime64("2001-01-01") + np.arange(len(logs))
-        return Logged(
-            origins=days[origins],
-            targets=np.stack([days[origins + step] for step in steps], axis=1),
-            levels=LEVELS,
-            quantiles=self.sigma[series][:, :, None] * z * width[:, None, None],
-            walk=np.stack(walk, axis=1),
-            returns=np.stack([logs[origins + step] - logs[origins] for step in steps], axis=1),
-        )
-
-
-def days_until_found(markets: Markets, width: np.ndarray, alpha: float = ALPHA) -> np.ndarray:
-    """Looks, one a day, after which each series' forecasts are called degraded; infinite: never."""
-    found = []
-    for series in range(len(markets.logs)):
-        _, _, wealth = place_bets(markets.forecast(series, width))
-        reached = np.flatnonzero(wealth >= 1 / alpha)
-        found.append(reached[0] if len(reached) else np.inf)
-    return np.array(found)
-
-
 def test_four_years_of_daily_looks_at_the_true_forecaster_alarm_nobody():
-    markets = Markets(60, seed=1)
-    assert np.isinf(days_until_found(markets, np.ones(ORIGINS), alpha=0.05)).all()
+    found = days_until_found(Markets(60, seed=1), np.ones(ORIGINS), alpha=0.05)
+    assert np.isinf(found).all()
 
 
 @pytest.mark.parametrize(
@@ -228,12 +169,12 @@ def test_four_years_of_daily_looks_at_the_true_forecaster_alarm_nobody():
 )
 def test_a_planted_fault_is_found_within_days(width, days):
     markets = Markets(30, seed=2)
-    found = days_until_found(markets, np.full(ORIGINS, width))
+    found = days_until_found(markets, np.full(ORIGINS, width), ALPHA)
     assert np.mean(found <= days) >= 0.9
 
 
 def test_a_fault_after_two_good_years_is_found_within_days():
     markets, changed = Markets(30, seed=3), ORIGINS // 2
-    found = days_until_found(markets, np.where(np.arange(ORIGINS) < changed, 1.0, 0.5))
+    found = days_until_found(markets, np.where(np.arange(ORIGINS) < changed, 1.0, 0.5), ALPHA)
     assert np.all(found > changed)
     assert np.mean(found - changed <= 140) >= 0.9
