@@ -29,12 +29,14 @@ from tasks.monitor import (
     report,
     was_alarmed,
 )
+from tasks.probation import Scene, watch
 
 
 class MonitorResult(BaseModel):
     """What one monitor run saw; without new prices there is no check, no share and no run id.
 
     `faults` are of the newest prices; while there are any, drift is told but alarms nobody.
+    `probation` says how a version fares that is watched, or that it was rolled back.
     """
 
     symbol: str
@@ -48,6 +50,7 @@ class MonitorResult(BaseModel):
     run_id: str = ""
     faults: list[str] = []
     event_id: UUID | None = None
+    probation: str = ""
 
 
 @flow(name="monitor")
@@ -60,6 +63,7 @@ def monitor(
     Only the newest check acts: it says what is true now. It emits `perennial.drift.detected`, once
     a day and version, which an automation answers with the deployment `retrain`. Prices that cannot
     be right, or did not come, are `perennial.data.faulty`; no training follows from them.
+    A version on probation that is worse than the one before it is rolled back.
 
     Args:
         symbol: whose prices, and whose forecaster: its own or one that serves it with others.
@@ -73,7 +77,7 @@ def monitor(
     settings = load_settings()
     day = today_or(as_of)
     registry = open_registry(settings)
-    forecaster, _ = who_serves(registry, symbol)
+    forecaster, symbols = who_serves(registry, symbol)
     version, contract = production_contract(registry, forecaster)
     if contract.as_of > day:
         raise HistoryError(
@@ -86,7 +90,8 @@ def monitor(
         seen.faults = find_faults(settings, engine, symbol, day, md5)
         seen.joined = join_actuals(settings, engine, symbol, day, md5)
         after = since or last_check(engine, symbol)
-        days = check_days(after, last_known(settings, symbol, day, md5))
+        session = last_known(settings, symbol, day, md5)
+        days = check_days(after, session)
         if days:
             verdicts, html = compare(settings, contract, symbol, days, md5)
             newest = verdicts[-1]
@@ -101,6 +106,9 @@ def monitor(
             seen.summary = (
                 f"Nothing to check: on {day} no prices of {symbol} after {after} are known."
             )
+        if not seen.faults:  # nobody is judged by prices that cannot be right
+            scene = Scene(settings, registry, engine, forecaster, symbols, day, session, md5)
+            seen.probation = watch(scene)
     deliver_events(settings)
     get_run_logger().info(seen.summary)
     return seen
