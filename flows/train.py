@@ -338,7 +338,7 @@ class Training:
             return self.result("refused", list(verdict.reasons), scores=scores)
         why = verdict.summary()
         if self.settings.approval:
-            answer = ask(self.settings, self.forecaster, card)
+            answer = ask(self.settings, self.engine, self.forecaster, card)
             if not answer.approve:
                 return self.result("refused", [str(answer)], scores=scores)
             why = f"{why} {answer}"

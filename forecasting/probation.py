@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Engine, Row, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from forecasting import audit
 from forecasting.sequential import wealth
 from forecasting.sessions import sessions_after, sessions_between
 from forecasting.store import now, predictions, probations, promotions
@@ -269,18 +270,36 @@ def begin(engine: Engine, newest: Replacement, trained: date, today: date, days:
 
 
 def record(
-    engine: Engine, watched: Probation, state: State, evidence: dict[str, Any] | None = None
+    engine: Engine,
+    watched: Probation,
+    state: State,
+    who: str,
+    evidence: dict[str, Any] | None = None,
 ) -> Probation:
-    """Write down a look, or an end; the line afterwards. One that has ended stays as it is."""
+    """Write down a look, or an end; the line afterwards. One that has ended stays as it is.
+
+    An end is a line of the audit as well, by `who`.
+    """
     own = probations.c.id == watched.id
     told = {} if evidence is None else {"evidence": evidence}
     with engine.begin() as connection:
-        connection.execute(
+        changed = connection.execute(
             update(probations)
             .where(own, probations.c.state == "watching")
             .values(state=state, updated_at=now(), **told)
-        )
-        return _as_probation(connection.execute(select(probations).where(own)).one())
+        ).rowcount
+        after = _as_probation(connection.execute(select(probations).where(own)).one())
+        if changed and state != "watching":
+            audit.add(
+                connection,
+                "probation",
+                after.forecaster,
+                version=after.version,
+                who=who,
+                reason=after.summary,
+                details={"id": after.id, "state": state, "previous": after.previous},
+            )
+    return after
 
 
 def forecast_days(engine: Engine, watched: Probation) -> set[tuple[int, date, str]]:

@@ -11,7 +11,9 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL
 from prefect.states import Running
 from pydantic import Field
+from sqlalchemy import Engine
 
+from forecasting import audit
 from forecasting.errors import ConfigError
 from forecasting.settings import Settings
 
@@ -45,11 +47,14 @@ def require_approvable(settings: Settings) -> None:
         )
 
 
-def ask(settings: Settings, forecaster: str, card: str) -> Approval:
-    """Pause the flow run until a person has decided; call it inside a flow, outside of tasks.
+def ask(settings: Settings, engine: Engine, forecaster: str, card: str) -> Approval:
+    """Pause the flow run until a person has decided, and put that into the audit.
+
+    Call it inside a flow, outside of tasks.
 
     Args:
         settings: `approval_hours`.
+        engine: of the audit.
         forecaster: what would be promoted.
         card: Markdown of the candidate's model card, with the verdict.
 
@@ -68,7 +73,7 @@ def ask(settings: Settings, forecaster: str, card: str) -> Approval:
         description=f"May this version of **{forecaster}** go into production?\n\n{card}"
     )
     try:
-        return pause_flow_run(
+        answer: Approval = pause_flow_run(
             wait_for_input=form,
             timeout=max(1, round(settings.approval_hours * 3600)),
             poll_interval=POLL_SECONDS,
@@ -76,7 +81,18 @@ def ask(settings: Settings, forecaster: str, card: str) -> Approval:
     except FlowPauseTimeout:
         _go_on()
         reason = f"no answer within {settings.approval_hours:g} hours (PERENNIAL_APPROVAL_HOURS)."
-        return Approval(approve=False, who="nobody", reason=reason)
+        answer = Approval(approve=False, who="nobody", reason=reason)
+    details = {"approve": answer.approve, "flow_run_id": str(flow_run.id or "")}
+    with engine.begin() as connection:
+        audit.add(
+            connection,
+            "approval",
+            forecaster,
+            who=answer.who,
+            reason=answer.reason,
+            details=details,
+        )
+    return answer
 
 
 def _go_on() -> None:

@@ -26,7 +26,7 @@ from forecasting.registry import PRODUCTION, Registry
 from forecasting.sessions import count_sessions, sessions_between
 from forecasting.settings import Settings
 from tasks.forecast import drain_log, log_forecasts
-from tasks.promote import promote_version
+from tasks.promote import promote_version, who
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _end(scene: Scene, watched: Probation, newest: probation.Replacement) -> Non
     if watched.condemned and newest.version == watched.previous:
         _rolled_back(scene, watched)
     else:
-        probation.record(scene.engine, watched, "superseded")
+        probation.record(scene.engine, watched, "superseded", who())
 
 
 @task(name="forecast-both", cache_policy=NO_CACHE, timeout_seconds=600)
@@ -163,6 +163,7 @@ def look(scene: Scene, watched: Probation) -> Probation:
         scene.engine,
         watched,
         "passed" if over and not found.worse else "watching",  # until the alias has moved
+        who(),
         found.as_json(watched.previous, scene.as_of, alpha),
     )
     get_run_logger().info(_told(after))
@@ -183,7 +184,7 @@ def roll_back(scene: Scene, watched: Probation) -> str:
             judged_against=watched.version,
         )
     except OvertakenError as error:
-        probation.record(scene.engine, watched, "superseded")
+        probation.record(scene.engine, watched, "superseded", who())
         return f"The probation of version {watched.version} was superseded: {error}"
     return record_rollback(scene, watched)
 
@@ -205,7 +206,7 @@ def _rolled_back(scene: Scene, watched: Probation) -> str:
         flow_run_id=str(flow_run.id or "local"),
         reason=f"version {watched.version} was rolled back: {watched.summary}",
     )
-    after = probation.record(scene.engine, watched, "rolled-back")
+    after = probation.record(scene.engine, watched, "rolled-back", who())
     get_run_logger().warning(_told(after))
     _show(after)
     return _told(after)

@@ -19,7 +19,7 @@ from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixe
 
 from flows.retrain import retrain
 from flows.train import TrainResult
-from forecasting import promotion
+from forecasting import audit, promotion
 from forecasting.errors import ConfigError
 from forecasting.registry import PRODUCTION, open_registry
 from forecasting.settings import Settings
@@ -75,12 +75,17 @@ def answer(run_id: UUID, **form: object) -> str:
 @flow
 def decide(settings: Settings) -> str:
     """A flow that does nothing but ask."""
-    return str(ask(settings, NAME, "the verdict"))
+    with engine_of(settings.sql_url) as engine:
+        return str(ask(settings, engine, NAME, "the verdict"))
 
 
 def test_nobody_answers_in_time(tmp_path):
     with configured(tmp_path, approval=True, approval_hours=0.0001) as settings:
         state = decide(settings, return_state=True)
+        with engine_of(settings.sql_url) as engine:
+            (line,) = audit.read(engine)
+    assert (line.kind, line.subject, line.who) == ("approval", NAME, "nobody")
+    assert not line.details["approve"]
     assert state.is_completed()
     assert state.result() == (
         "Not approved by nobody: no answer within 0.0001 hours (PERENNIAL_APPROVAL_HOURS)."

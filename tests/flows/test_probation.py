@@ -136,7 +136,9 @@ def test_a_rollback_whose_process_died_is_finished_by_the_next_look(settings, re
     promote(settings, registry, engine, 1, 2)
     look_at(settings, registry, engine, SESSIONS[2])
     (watched,) = probation.watching(engine, NAME)
-    probation.record(engine, watched, "watching", {"worse": True, "summary": "Worse beyond doubt."})
+    probation.record(
+        engine, watched, "watching", "me", {"worse": True, "summary": "Worse beyond doubt."}
+    )
     # killed before anything moved: the next look rolls back, without another one's evidence
     assert "rolled-back. Worse beyond doubt." in look_at(settings, registry, engine, SESSIONS[3])
     assert registry.alias(NAME, PRODUCTION) == 1
@@ -145,7 +147,7 @@ def test_a_rollback_whose_process_died_is_finished_by_the_next_look(settings, re
     look_at(settings, registry, engine, SESSIONS[4])
     (watched,) = probation.watching(engine, NAME)
     assert watched.started == SESSIONS[4]  # watched before: anew from today
-    probation.record(engine, watched, "watching", {"worse": True, "summary": "Worse again."})
+    probation.record(engine, watched, "watching", "me", {"worse": True, "summary": "Worse again."})
     promote(settings, registry, engine, 1)  # killed after the move, before it was recorded
     assert look_at(settings, registry, engine, SESSIONS[5]) == ""
     assert [each.state for each in probation.history(engine, NAME)] == ["rolled-back"] * 2

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from sqlalchemy import Engine, insert
 
-from forecasting import probation
+from forecasting import audit, probation
 from forecasting.probation import Probation, Replacement
 from forecasting.sequential import STAKES
 from forecasting.sessions import sessions_after
@@ -225,9 +225,12 @@ def test_what_has_ended_stays_as_it_is(engine):
     probation.begin(engine, Replacement("x", NAME, 2, 1), START, START, DAYS)
     (watched,) = probation.watching(engine, NAME)
     assert watched.summary == "Nobody looked yet."
-    seen = probation.record(engine, watched, "watching", {"worse": True, "summary": "bad"})
+    seen = probation.record(engine, watched, "watching", "me", {"worse": True, "summary": "bad"})
     assert (seen.state, seen.condemned, seen.summary) == ("watching", True, "bad")
-    ended = probation.record(engine, seen, "rolled-back")
+    ended = probation.record(engine, seen, "rolled-back", "me")
     assert (ended.state, ended.evidence) == ("rolled-back", seen.evidence)
-    assert probation.record(engine, watched, "passed", {}) == ended
+    assert probation.record(engine, watched, "passed", "me", {}) == ended
     assert probation.watching(engine, NAME) == []
+    (line,) = audit.read(engine)
+    assert (line.kind, line.subject, line.version, line.reason) == ("probation", NAME, 2, "bad")
+    assert line.details == {"id": "x", "state": "rolled-back", "previous": 1}
