@@ -4,7 +4,7 @@ A real stack (Prefect server and worker, MLflow, inference server) on free ports
 own, the product's default settings. The table goes to stdout as it is measured; the last line is
 one JSON object. Times are wall-clock seconds unless the name says otherwise; where a figure is
 taken several times, the table shows the spread and the object the median (the worst for
-`train_cold_s`, the 95th percentile for `alias_to_served_p95_s`).
+`train_cold_s` and of a rollback, the 95th percentile for `alias_to_served_p95_s`).
 """
 
 import base64
@@ -31,7 +31,7 @@ from deployments.stack import Ports, Stack
 from forecasting import datasets, promotion
 from forecasting.contract import CONTRACT_FILE, encode, read_contract
 from forecasting.events import DriftDetected
-from forecasting.registry import PRODUCTION, Registry, open_registry, register_webhook
+from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry, register_webhook
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tests.clients import asking
@@ -53,6 +53,8 @@ BARS = {
     "failed": 0.0,
     "event_to_served_s": 90.0,
     "log_model_s": 0.3,
+    "rollback_to_moved_s": 20.0,
+    "moved_to_served_s": 2.0,
 }
 # so that MLflow sends webhooks to this machine, and knows a new one at once
 WEBHOOKS = {
@@ -106,6 +108,7 @@ def main() -> int:
             weak = _plant(settings, registry, root)
             _alias_moves(figures, stack, registry, weak, settings)
             _drift(figures, stack, api, settings, weak)
+            _rollback(figures, stack, api, registry)
     print(json.dumps(figures.values))
     return 0
 
@@ -245,6 +248,28 @@ def _drift(figures: Figures, stack: Stack, api: PrefectApi, settings: Settings, 
     occurred = datetime.fromisoformat(api.events(DriftDetected.name)[0]["occurred"])
     seconds = served - occurred.timestamp()
     figures.add("event_to_served_s", seconds, [seconds])
+
+
+def _rollback(figures: Figures, stack: Stack, api: PrefectApi, registry: Registry) -> None:
+    """From the call that rolls back to the alias, and from there to that version's first answer."""
+    moved, served = [], []
+    with httpx.Client(base_url=stack.server_url) as client:
+        for _ in range(REPEATS):
+            target = _require(registry.alias(NAME, PREVIOUS))
+            began = time.perf_counter()
+            run_id = api.start("rollback/rollback", {"forecaster": NAME})
+            _until(lambda target=target: registry.alias(NAME, PRODUCTION) == target)
+            arrived = time.perf_counter()
+            _until(
+                lambda target=target: (
+                    client.get("/v1/forecast/GOOG").json()["model_version"] == target
+                )
+            )
+            moved.append(arrived - began)
+            served.append(time.perf_counter() - arrived)
+            api.wait(run_id, 120)
+    figures.add("rollback_to_moved_s", max(moved), moved)
+    figures.add("moved_to_served_s", max(served), served)
 
 
 def _ok(url: str) -> bool:

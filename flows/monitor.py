@@ -34,13 +34,15 @@ from tasks.monitor import (
     was_alarmed,
 )
 from tasks.performance import alarm_degraded, record_scores, score_forecasts, watch_served
+from tasks.probation import Scene, watch
 
 
 class MonitorResult(BaseModel):
     """What one monitor run saw; without new prices there is no check, no share and no run id.
 
     `faults` are of the newest prices; while there are any, drift and degraded forecasts are told
-    but alarm nobody. `performance` says how the version in production fares.
+    but alarm nobody. `performance` says how the version in production fares, `probation` how one
+    does that is watched, or that it was rolled back.
     """
 
     symbol: str
@@ -58,6 +60,7 @@ class MonitorResult(BaseModel):
     evidence: float | None = None
     performance: str = ""
     degraded_event_id: UUID | None = None
+    probation: str = ""
 
 
 @flow(name="monitor")
@@ -71,6 +74,7 @@ def monitor(
     a day and version, which an automation answers with the deployment `retrain`; forecasts that got
     worse than they should be are `perennial.performance.degraded`, once a version. Prices that
     cannot be right, or did not come, are `perennial.data.faulty`; no training follows from them.
+    A version on probation that is worse than the one before it is rolled back.
 
     Args:
         symbol: whose prices, and whose forecaster: its own or one that serves it with others.
@@ -84,7 +88,7 @@ def monitor(
     settings = load_settings()
     day = today_or(as_of)
     registry = open_registry(settings)
-    forecaster, _ = who_serves(registry, symbol)
+    forecaster, symbols = who_serves(registry, symbol)
     version, contract = production_contract(registry, forecaster)
     if contract.as_of > day:
         raise HistoryError(
@@ -97,13 +101,17 @@ def monitor(
         seen.faults = find_faults(settings, engine, symbol, day, md5)
         seen.joined = join_actuals(settings, engine, symbol, day, md5)
         after = since or last_check(engine, symbol)
-        days = check_days(after, last_known(settings, symbol, day, md5))
+        session = last_known(settings, symbol, day, md5)
+        days = check_days(after, session)
         if days:
             _check(settings, registry, engine, contract, seen, md5, days)
         else:
             seen.summary = (
                 f"Nothing to check: on {day} no prices of {symbol} after {after} are known."
             )
+        if not seen.faults:  # nobody is judged by prices that cannot be right
+            scene = Scene(settings, registry, engine, forecaster, symbols, day, session, md5)
+            seen.probation = watch(scene)
     deliver_events(settings)
     get_run_logger().info(seen.summary)
     return seen

@@ -23,6 +23,7 @@ def retrain(
     """Train again on what is known on `as_of`, unless the forecaster was retrained just now.
 
     One that serves several symbols is trained for all of them again, and one cooldown is for all.
+    It starts from the parameters of the version in production, and searches where they do not do.
 
     Args:
         symbol: whose forecaster.
@@ -55,7 +56,8 @@ def retrain(
                 reasons=[entry.reason],
             )
         try:
-            result = run_training(settings, symbols, day, trigger=f"retrain: {trigger}")
+            told, widen = f"retrain: {trigger}", settings.retrain_search
+            result = run_training(settings, symbols, day, trigger=told, widen=widen)
         except BaseException as error:
             ledger.close(engine, entry.id, "failed", repr(error))
             raise

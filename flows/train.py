@@ -21,18 +21,23 @@ from forecasting.assignment import forecaster_name
 from forecasting.contract import MODEL_FILE, Contract, read_contract
 from forecasting.datasets import DatasetVersion
 from forecasting.errors import OvertakenError
-from forecasting.registry import PRODUCTION, Registry, open_registry
+from forecasting.hyperparameters import ModelConfig
+from forecasting.registry import MODEL_TAG, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
+from forecasting.windows import Splits
 from tasks.accounting import accounted
+from tasks.approval import ask, require_approvable
 from tasks.cache import cache_key, code_commit
 from tasks.candidate import Candidate, Found, write_candidate
 from tasks.gate import CARD, Judged, gate_scores, judge, show_verdict
 from tasks.ingest import ingest_prices
 from tasks.promote import promote_version
-from tasks.training import fit, prepare_windows, search, show_search, with_peers_of
+from tasks.training import fit, past_of, prepare_windows, search, show_search, with_peers_of
 
 Outcome = Literal["promoted", "refused", "unchanged", "skipped"]
+Widen = Literal["if-needed", "always", "never"]
+"""Whether a training searches, or starts from the parameters of the version in production."""
 
 
 class TrainResult(BaseModel):
@@ -74,9 +79,22 @@ def train(
 
 
 def run_training(
-    settings: Settings, symbols: Sequence[str], as_of: date, trigger: str
+    settings: Settings,
+    symbols: Sequence[str],
+    as_of: date,
+    trigger: str,
+    widen: Widen = "always",
 ) -> TrainResult:
-    """The order of one training, shared by `train` and `retrain`; call it inside a flow."""
+    """The order of one training, shared by `train` and `retrain`; call it inside a flow.
+
+    Args:
+        settings: as `load_settings` reads them.
+        symbols: all that the forecaster serves.
+        as_of: the day it pretends to be.
+        trigger: what asked for it.
+        widen: whether it searches, or takes the parameters of the version in production.
+    """
+    require_approvable(settings)
     symbols = tuple(dict.fromkeys(symbols))
     forecaster = forecaster_name(symbols)
     registry = open_registry(settings)
@@ -86,7 +104,7 @@ def run_training(
         dataset = ingest_prices(settings, with_peers_of(settings, symbols), as_of)
         training = Training.start(settings, registry, engine, symbols, as_of, dataset, trigger)
         try:
-            return training.end(training.run())
+            return training.end(training.run(widen))
         except BaseException:
             training.fail()
             raise
@@ -99,6 +117,31 @@ class Held:
     version: int
     folder: Path
     contract: Contract
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A candidate, its hyperparameters, and everything that it depended on."""
+
+    candidate: Candidate
+    config: ModelConfig
+    parameters: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A fit laid into a folder: judged by the gate, or `known` already."""
+
+    fit: Fit
+    folder: Path
+    contract: Contract
+    judged: Judged | None = None
+    known: TrainResult | None = None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the gate spoke against it."""
+        return self.judged is not None and not self.judged.verdict.promote
 
 
 @dataclass(frozen=True)
@@ -163,28 +206,22 @@ class Training:
             "dataset_md5": self.dataset.md5,
         }
 
-    def run(self) -> TrainResult:
+    def run(self, widen: Widen) -> TrainResult:
         """Every step in this process, with the search on Ray."""
         self.settings.work_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.settings.work_dir) as scratch:
             held = self.production(Path(scratch) / "production")
             if held is not None and held.contract.as_of > self.as_of:
                 return self.too_old(held)
-            candidate = self.find_candidate()
-            folder = Path(scratch) / "candidate"
-            contract = write_candidate(candidate, folder, self.facts())
-            if is_same(held, contract):
-                return self.unchanged(held)
-            judged = judge(
-                self.settings,
-                self.engine,
-                contract,
-                self.as_of,
-                self.dataset.md5,
-                folder,
-                held.folder if held is not None else None,
-            )
-            return self.settle(candidate, contract, folder, held, judged)
+            splits = self.splits()
+            warm = self.warm(splits, held) if widen != "always" else None
+            first = self.attempt(warm, Path(scratch) / "warm", held) if warm else None
+            if first is not None and not (first.refused and widen == "if-needed"):
+                return self.conclude(first, held)
+            found = self.searched(splits)
+            if first is not None and found.config == first.fit.config:
+                return self.conclude(first, held)  # judged already
+            return self.conclude(self.attempt(found, Path(scratch) / "searched", held), held, first)
 
     def production(self, folder: Path) -> Held | None:
         """The version in production, downloaded."""
@@ -194,26 +231,89 @@ class Training:
         self.registry.download(self.forecaster, version, folder)
         return Held(version, folder, read_contract(folder))
 
-    def find_candidate(self) -> Candidate:
-        """Windows, search and fit, each re-used when data, code and parameters are the same."""
-        md5, settings = self.dataset.md5, self.settings
-        cut = self.picked("context", "horizon", "validation_days", "gate_days")
-        cut |= {"symbols": ",".join(self.symbols), "peers": settings.peers, "as_of": self.as_of}
-        tuning = cut | self.picked(
+    def splits(self) -> Splits:
+        """Windows for training, validation and gate."""
+        key = cache_key("windows", self.dataset.md5, self.cut)
+        rows = self.settings, self.symbols, self.as_of, self.dataset.md5
+        windows: Splits = _step(prepare_windows, *rows, key=key)
+        return windows
+
+    def warm(self, splits: Splits, held: Held | None) -> Fit | None:
+        """A fit with the parameters of the version in production; None where it is no good start.
+
+        That is where they are not known any more, or validation shows them to have aged.
+        """
+        past = past_of(self.registry, held.contract.run_id, self.settings.seed) if held else None
+        if past is None:
+            get_run_logger().info("No parameters of a version in production are known; searching")
+            return None
+        fit = self.fitted(splits, past.config, past.search_run)
+        if past.has_aged(fit.candidate.scores, self.settings.retrain_margin):
+            get_run_logger().info("Production's parameters have aged; searching")
+            return None
+        return fit
+
+    def searched(self, splits: Splits) -> Fit:
+        """A fit with the best parameters that a search finds."""
+        key = cache_key("search", self.dataset.md5, self.tuning)
+        found: Found = _step(search, self.settings, splits, self.run_id, self.search_tags, key=key)
+        show_search(self.registry, self.run_id, found)
+        return self.fitted(splits, found.config, found.run_id)
+
+    def fitted(self, splits: Splits, config: ModelConfig, search_run: str) -> Fit:
+        """A fit, re-used when data, code and parameters are the same."""
+        fitting = self.tuning | self.picked(
+            *("fit_epochs", "fit_workers", "fit_threads", "accelerator")
+        )
+        fitting |= {"config": asdict(config)}
+        key = cache_key("fit", self.dataset.md5, fitting)
+        candidate: Candidate = _step(fit, self.settings, splits, config, key=key)
+        return Fit(candidate, config, fitting | {"search_run": search_run})
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """What windows depend on, beside the data."""
+        cut = self.picked("context", "horizon", "validation_days", "gate_days", "peers")
+        return cut | {"symbols": ",".join(self.symbols), "as_of": self.as_of}
+
+    @property
+    def tuning(self) -> dict[str, Any]:
+        """What a search depends on, beside the data."""
+        return self.cut | self.picked(
             *("seed", "trials", "epochs", "concurrency", "folds", "grace_epochs"),
             *("search_seconds", "search_patience"),
         )
-        key = cache_key("windows", md5, cut)
-        splits = _step(prepare_windows, settings, self.symbols, self.as_of, md5, key=key)
-        key = cache_key("search", md5, tuning)
-        found: Found = _step(search, settings, splits, self.run_id, self.search_tags, key=key)
-        show_search(self.registry, self.run_id, found)
-        fitting = tuning | self.picked("fit_epochs", "fit_workers", "fit_threads", "accelerator")
-        fitting |= {"config": asdict(found.config)}
-        key = cache_key("fit", md5, fitting)
-        candidate: Candidate = _step(fit, settings, splits, found.config, key=key)
-        self.log_fit(candidate, {**fitting, "search_run": found.run_id})
-        return candidate
+
+    def attempt(self, fit: Fit, folder: Path, held: Held | None) -> Attempt:
+        """Write a fit down as a candidate, and have the gate judge it if it is a new one."""
+        contract = write_candidate(fit.candidate, folder, self.facts())
+        known = self.known(held, contract)
+        if known is not None:
+            return Attempt(fit, folder, contract, known=known)
+        judged = judge(
+            self.settings,
+            self.engine,
+            contract,
+            self.as_of,
+            self.dataset.md5,
+            folder,
+            held.folder if held is not None else None,
+        )
+        return Attempt(fit, folder, contract, judged=judged)
+
+    def conclude(
+        self, attempt: Attempt, held: Held | None, before: Attempt | None = None
+    ) -> TrainResult:
+        """What the training comes to, with why an attempt `before` was refused."""
+        self.log_fit(attempt.fit.candidate, attempt.fit.parameters)
+        if attempt.known is not None or attempt.judged is None:
+            return attempt.known or self.result("refused", [])
+        rest = attempt.fit.candidate, attempt.contract, attempt.folder, held, attempt.judged
+        result = self.settle(*rest)
+        if before is not None and before.judged is not None:
+            told = " ".join(before.judged.verdict.reasons)
+            result.reasons.append(f"Searched, for production's parameters were refused: {told}")
+        return result
 
     def log_fit(self, candidate: Candidate, parameters: dict[str, Any]) -> None:
         """Parameters and scores of a candidate."""
@@ -236,6 +336,12 @@ class Training:
         scores = candidate.scores | gate_scores(verdict)
         if not verdict.promote:
             return self.result("refused", list(verdict.reasons), scores=scores)
+        why = verdict.summary()
+        if self.settings.approval:
+            answer = ask(self.settings, self.engine, self.forecaster, card)
+            if not answer.approve:
+                return self.result("refused", [str(answer)], scores=scores)
+            why = f"{why} {answer}"
         version = self.registry.register(folder, self.forecaster, self.run_id, notes={CARD: card})
         try:
             promoted = promote_version(
@@ -244,12 +350,12 @@ class Training:
                 self.engine,
                 self.forecaster,
                 version,
-                verdict.summary(),
+                why,
                 judged_against=held.version if held is not None else None,
             )
         except OvertakenError as error:
             return self.result("refused", [str(error)], scores=scores)
-        reasons = [verdict.summary(), promoted.served]
+        reasons = [why, promoted.served]
         return self.result("promoted", reasons, scores=scores, version=version)
 
     def too_old(self, held: Held) -> TrainResult:
@@ -261,10 +367,21 @@ class Training:
         )
         return self.result("refused", [reason])
 
-    def unchanged(self, held: Held) -> TrainResult:
-        """The same network as the one in production: nothing to compare."""
-        reason = f"The model is identical to version {held.version}, which is in production."
-        return self.result("unchanged", [reason], version=held.version)
+    def known(self, held: Held | None, contract: Contract) -> TrainResult | None:
+        """A network that is in production, or gave way to another: there is nothing to compare."""
+        if is_same(held, contract):
+            reason = f"The model is identical to version {held.version}, which is in production."
+            return self.result("unchanged", [reason], version=held.version)
+        same = {MODEL_TAG: contract.files[MODEL_FILE]}
+        version = self.registry.find(self.forecaster, same)
+        line = promotion.replaced_by(self.engine, self.forecaster, version) if version else None
+        if line is None:
+            return None
+        reason = (
+            f"The model is identical to version {version}, which gave way to version "
+            f"{line.version}: {line.why} Train as of a later day, or use rollback to serve it."
+        )
+        return self.result("refused", [reason])
 
     def facts(self) -> dict[str, Any]:
         """What the contract says about where the model came from."""

@@ -11,7 +11,7 @@ from prefect import flow, get_run_logger
 from sqlalchemy import Engine
 
 from flows.ingest import today_or
-from flows.train import Held, Training, TrainResult, is_same
+from flows.train import Held, Training, TrainResult
 from forecasting import datasets, promotion
 from forecasting.assignment import forecaster_name
 from forecasting.datasets import DatasetVersion
@@ -20,6 +20,7 @@ from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
+from tasks.approval import require_approvable
 from tasks.candidate import write_candidate
 from tasks.gate import weigh
 from tasks.ingest import ingest_prices
@@ -49,6 +50,7 @@ def train_each(symbols: list[str], as_of: date | None = None) -> list[TrainResul
         DataError: there is no symbol to train.
     """
     settings, day = load_settings(), today_or(as_of)
+    require_approvable(settings)
     wanted = list(dict.fromkeys(symbols))
     if not wanted:
         raise DataError("No symbol to train; at least one is expected, such as GOOG.")
@@ -145,8 +147,9 @@ class _Fleet:
         found = log_search(self.registry, training.run_id, tags, made.found, made.trials)
         chosen = {"config": asdict(found.config), "search_run": found.run_id}
         training.log_fit(made.candidate, training.picked("seed", "trials", "epochs") | chosen)
-        if is_same(held, made.contract):
-            return training.unchanged(held)
+        known = training.known(held, made.contract)
+        if known is not None:
+            return known
         folder = self.scratch / training.symbols[0] / "candidate"
         contract = write_candidate(made.candidate, folder, training.facts())
         judged = weigh(self.settings, self.engine, contract, self.dataset.md5, made.evidence)

@@ -12,7 +12,7 @@ LONGEST_NAME = 40
 
 @dataclass(frozen=True)
 class Held:
-    """A version that holds `production`, as the registry describes it."""
+    """A version, as the registry describes it."""
 
     forecaster: str
     version: int
@@ -30,19 +30,20 @@ def in_production(registry: Registry) -> list[Held]:
     found = []
     for forecaster, aliases in registry.served_versions().items():
         if PRODUCTION in aliases:
-            version = aliases[PRODUCTION]
-            tags = registry.version(forecaster, version).tags
-            symbols = tuple(filter(None, tags.get("symbols", "").split(",")))
-            found.append(
-                Held(
-                    forecaster,
-                    version,
-                    symbols,
-                    tags.get(CONTRACT_TAG, ""),
-                    tags.get(SIGNATURE_TAG, ""),
-                )
-            )
+            found.append(version_of(registry, forecaster, aliases[PRODUCTION]))
     return found
+
+
+def version_of(registry: Registry, forecaster: str, version: int) -> Held:
+    """Any version, as the registry describes it.
+
+    Raises:
+        RegistryError: no such version, or the registry is away.
+    """
+    tags = registry.version(forecaster, version).tags
+    symbols = tuple(filter(None, tags.get("symbols", "").split(",")))
+    digest, signature = tags.get(CONTRACT_TAG, ""), tags.get(SIGNATURE_TAG, "")
+    return Held(forecaster, version, symbols, digest, signature)
 
 
 def assign(symbols: Sequence[str], held: Sequence[Held]) -> list[tuple[Held, list[str]]]:

@@ -33,7 +33,7 @@ from forecasting.errors import (
     ServiceError,
 )
 from forecasting.inference import Forecaster
-from forecasting.predictions import Window, computed_line, json_numbers
+from forecasting.predictions import Source, Window, computed_line, json_numbers
 from forecasting.quantiles import medians
 from forecasting.registry import Registry
 from forecasting.sessions import sessions_after
@@ -148,6 +148,7 @@ def forecast(
     symbols: Iterable[str],
     as_of: date,
     snapshot_of: Callable[[str], Snapshot],
+    source: Source = "batch",
 ) -> tuple[Batch, dict[str, str]]:
     """Forecast symbols with one version, from what is known on `as_of`.
 
@@ -156,6 +157,7 @@ def forecast(
         symbols: whose prices; a symbol that the version was not trained for is forecast as well.
         as_of: the day it pretends to be; the day of the snapshots.
         snapshot_of: latest rows of a symbol, see `datasets.snapshots`.
+        source: how the prediction log names them.
 
     Returns:
         The forecasts, and why there is none of each other symbol.
@@ -173,7 +175,7 @@ def forecast(
         except (DataError, ModelError) as error:
             refused[symbol] = str(error)
             continue
-        windows.append(_window(forecaster, snapshot, ohlcv))
+        windows.append(_window(forecaster, snapshot, ohlcv, source))
     shape = (0, contract.horizon, len(contract.quantile_levels))
     numbers = np.concatenate([np.empty(shape, dtype=np.float32), *quantiles])
     return Batch(contract, forecaster.version, windows, numbers), refused
@@ -215,11 +217,13 @@ def _inputs(
     return ohlcv[None], np.array([days], dtype=np.int64)
 
 
-def _window(forecaster: Forecaster, snapshot: Snapshot, ohlcv: NDArray[np.float32]) -> Window:
+def _window(
+    forecaster: Forecaster, snapshot: Snapshot, ohlcv: NDArray[np.float32], source: Source
+) -> Window:
     """What is said of a forecast. Made again from the same, it has the same id."""
     contract, origin = forecaster.contract, snapshot.dates[-1]
     parts = (
-        "batch",
+        source,
         contract.forecaster,
         forecaster.version,
         contract.run_id,
@@ -230,7 +234,7 @@ def _window(forecaster: Forecaster, snapshot: Snapshot, ohlcv: NDArray[np.float3
     )
     return Window(
         id=str(uuid5(NAMESPACE_OID, " ".join(map(str, parts)))),
-        source="batch",
+        source=source,
         symbol=snapshot.symbol,
         prices_md5=snapshot.dataset_md5,
         origin=origin,

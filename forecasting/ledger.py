@@ -10,7 +10,7 @@ from forecasting import audit
 from forecasting.sessions import count_sessions
 from forecasting.store import exclude_writers, now, retrains
 
-COUNTED = ("running", "promoted", "refused", "unchanged")
+COUNTED = ("running", "promoted", "refused", "unchanged", "rolled-back")
 """States that start a cooldown; a failed or skipped retrain does not."""
 LOST_AFTER = timedelta(hours=3)
 """A retrain that runs longer was killed: its steps have timeouts of an hour each."""
@@ -93,6 +93,38 @@ def close(engine: Engine, identity: str, state: str, reason: str) -> None:
             reason=reason,
             details={"id": identity, "state": state},
         )
+
+
+def hold(
+    engine: Engine, identity: str, *, symbol: str, as_of: date, flow_run_id: str, reason: str
+) -> None:
+    """Start a cooldown without a retrain, because what one promoted was rolled back; once.
+
+    Args:
+        engine: from `store.open_engine`.
+        identity: of what is held back for; the same again writes nothing.
+        symbol: whose forecaster, as in `claim`.
+        as_of: the market day of the rollback.
+        flow_run_id: the Prefect flow run.
+        reason: why it was rolled back.
+    """
+    with engine.connect() as connection:
+        exclude_writers(connection, retrains)
+        there = select(retrains.c.id).where(retrains.c.id == identity)
+        if connection.execute(there).first() is None:
+            connection.execute(
+                insert(retrains).values(
+                    id=identity,
+                    symbol=symbol,
+                    as_of=as_of,
+                    trigger="rollback",
+                    flow_run_id=flow_run_id,
+                    state="rolled-back",
+                    reason=reason,
+                    created_at=now(),
+                )
+            )
+        connection.commit()
 
 
 def _close_lost(connection: Connection, symbol: str) -> None:

@@ -223,6 +223,13 @@ def history(engine: Engine, forecaster: str) -> list[Promotion]:
         return [_as_line(row) for row in connection.execute(query)]
 
 
+def replaced_by(engine: Engine, forecaster: str, version: int) -> Promotion | None:
+    """The newest promotion that took the place of a version and stood; None: it never gave way."""
+    lines = history(engine, forecaster)
+    stood = (line for line in lines if line.state in ("moved", "confirmed"))
+    return next((line for line in stood if line.previous == version), None)
+
+
 def _named(version: int | None) -> str:
     return f"version {version}" if version is not None else "no version"
 

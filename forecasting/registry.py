@@ -49,6 +49,8 @@ CHALLENGER = "challenger"
 SERVED = (PRODUCTION, CHALLENGER)
 """Aliases that the server follows."""
 CONTRACT_TAG = "contract_sha256"
+MODEL_TAG = "model_sha256"
+"""The network alone: two trainings that came to the same one differ in their contracts."""
 SIGNATURE_TAG = "signature"
 OWNER_TAG = "perennial"
 """Tag of registered models that are ours; a shared registry may hold others."""
@@ -277,9 +279,7 @@ class Registry:
         wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
         with self._talk("search runs"):
             found = self._client.search_runs([self._experiment], wanted, max_results=1)
-        if not found:
-            return None
-        return _run_info(found[0])
+        return _run_info(found[0]) if found else None
 
     def run(self, run_id: str) -> RunInfo:
         """One run.
@@ -638,6 +638,7 @@ def _info(found: ModelVersion) -> VersionInfo:
 def _contract_tags(folder: Path, contract: Contract) -> dict[str, str]:
     return {
         CONTRACT_TAG: hashlib.sha256((folder / CONTRACT_FILE).read_bytes()).hexdigest(),
+        MODEL_TAG: contract.files[MODEL_FILE],
         "dataset_md5": contract.dataset_md5,
         "as_of": contract.as_of.isoformat(),
         "kind": contract.kind,

@@ -144,6 +144,31 @@ class Settings(BaseSettings):
     retrain_cooldown_days: int = Field(
         20, ge=0, description="Trading days during which a symbol is not retrained again."
     )
+    # repair -----------------------------------------------------------------------------------
+    retrain_search: Literal["if-needed", "always", "never"] = Field(
+        "if-needed",
+        description="Whether a retrain searches; if-needed: where production's parameters fail.",
+    )
+    retrain_margin: float = Field(
+        0.02,
+        ge=0,
+        description="Validation loss over the past's at which production's parameters have failed.",
+    )
+    probation_days: int = Field(
+        20, ge=0, description="Market days that a new version is watched beside the one before it."
+    )
+    probation_alpha: float = Field(
+        0.05,
+        gt=0,
+        lt=1,
+        description="Probability of rolling back a version that is no worse, in all of these days.",
+    )
+    approval: bool = Field(
+        False, description="Whether a person has to approve what the gate would promote."
+    )
+    approval_hours: float = Field(
+        24.0, gt=0, description="How long a promotion waits for a person before it is refused."
+    )
     # server -----------------------------------------------------------------------------------
     host: str = Field("127.0.0.1", description="Address that the inference server binds.")
     port: int = Field(8200, ge=1, le=65535, description="Port of the inference server.")

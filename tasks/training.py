@@ -4,8 +4,8 @@ The search and the network are imported inside the tasks that need them: a run w
 cached never pays for Ray, torch and Lightning.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from prefect.artifacts import create_table_artifact
 from prefect.context import TaskRunContext
 
 from forecasting import datasets
+from forecasting.errors import RegistryError
 from forecasting.hyperparameters import ModelConfig
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
@@ -137,15 +138,69 @@ def first_parameters(registry: Registry, tags: dict[str, str]) -> list[dict[str,
     Only of searches as of earlier days: the past must not know of what came after it, and the
     same day searched again must find the same.
     """
-    defaults = asdict(ModelConfig())
-    kinds = {name: type(value) for name, value in defaults.items()}
     past = registry.past_searches(
         tags["symbol"], date.fromisoformat(tags["as_of"]), limit=PAST_SEARCHES
     )
-    known = [
-        {name: kinds[name](value) for name, value in each.items() if name in kinds} for each in past
-    ]
-    return [defaults, *known]
+    return [asdict(ModelConfig()), *map(_parameters, past)]
+
+
+def _parameters(logged: Mapping[str, str]) -> dict[str, Any]:
+    """Hyperparameters among what a run logged, as what they are."""
+    kinds = {name: type(value) for name, value in asdict(ModelConfig()).items()}
+    return {name: kinds[name](value) for name, value in logged.items() if name in kinds}
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a version was trained with, and how well that did.
+
+    Attributes:
+        search_run: MLflow run of the search that found the parameters.
+        skill: validation CRPS over that of the volatility forecast alone; None if not known.
+    """
+
+    config: ModelConfig
+    search_run: str
+    skill: float | None
+
+    def has_aged(self, scores: Mapping[str, float], margin: float) -> bool:
+        """Whether the parameters do worse on today's validation than they did on their own.
+
+        Both are told over the volatility forecast on the same days, so that a wilder market is no
+        worse model.
+
+        Args:
+            scores: of a candidate.
+            margin: how much worse is let pass, relative.
+        """
+        today = _skill(scores)
+        if self.skill is None or today is None:
+            return False
+        return today > self.skill * (1 + margin)
+
+
+def past_of(registry: Registry, run_id: str, seed: int) -> Past | None:
+    """What the training of that MLflow run settled on; None where its search is not known."""
+    try:
+        run = registry.run(run_id)
+        search_run = run.params.get("search_run", "")
+        found = registry.run(search_run) if search_run else None
+    except RegistryError:  # deleted; one that is away is met again by the next call
+        return None
+    if found is None:
+        return None
+    known = _parameters(found.params)
+    if not known:
+        return None
+    return Past(ModelConfig(**known | {"seed": seed}), search_run, _skill(run.metrics))
+
+
+def _skill(scores: Mapping[str, float]) -> float | None:
+    trained = scores.get("validation_crps_trained")
+    volatility = scores.get("validation_crps_volatility")
+    if trained is None or not volatility:
+        return None
+    return min(trained, volatility) / volatility  # where the LSTM does not help it is off
 
 
 @task(name="fit", cache_key_fn=_key, persist_result=True, timeout_seconds=3600)

@@ -225,14 +225,36 @@ def test_forecasts_were_logged_and_get_their_actuals(
     assert all(score is not None and score > 0 for score in scores)
 
 
-def test_rollback_by_deployment_is_served_at_once(
+def test_rollback_by_call_or_command_is_served_at_once(
     stack: Stack, api: PrefectApi, registry: Registry
 ) -> None:
+    def is_moved(version: int) -> bool:
+        return registry.alias(NAME, PRODUCTION) == version
+
+    called = time.monotonic()
     parameters = {"forecaster": NAME, "version": 1, "why": "an exercise"}
-    api.wait(api.start("rollback/rollback", parameters), 120)
-    assert ask(stack)["model_version"] == 1
+    run_id = api.start("rollback/rollback", parameters)
+    until(lambda: is_moved(1), "the alias to move", 60)
+    moved = time.monotonic()
+    until(lambda: ask(stack)["model_version"] == 1, "the version to be served", 60)
+    served = time.monotonic()
+    assert moved - called < 20
+    assert served - moved < 2
+    api.wait(run_id, 120)
     assert registry.aliases(NAME) == {PRODUCTION: 1, PREVIOUS: 3}
     assert registry.version(NAME, 1).tags["promoted_because"] == "an exercise"
+
+    for target in (3, 1):
+        done = subprocess.run(
+            [sys.executable, "-m", "deployments.rollback", NAME, "--why", "an exercise"],
+            env=stack.environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"{NAME} is back at the version before after" in done.stdout
+        assert is_moved(target)
+        assert ask(stack)["model_version"] == target
 
 
 def test_an_answer_leads_back_to_file_run_and_promoter(stack: Stack) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from flows.retrain import retrain
+from flows.rollback import rollback
 from flows.train import TrainResult
 from forecasting.errors import HistoryError, ServiceError
 from forecasting.registry import PRODUCTION, open_registry
 from forecasting.settings import Settings
-from forecasting.store import retrains
-from tests.flows.support import all_runs, client_of, configured, rows_of, task_states
+from forecasting.store import gate_looks, retrains
+from tests.flows.support import all_runs, children, client_of, configured, rows_of, task_states
 
 NAME = "perennial-goog"
 DAY = date(2006, 12, 29)
@@ -84,7 +85,8 @@ def test_a_failed_retrain_is_written_down_and_starts_no_cooldown(settings, home)
     day = date(2007, 6, 29)  # long after the one that was promoted
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
-        with configured(home, ray_address=f"127.0.0.1:{taken.getsockname()[1]}"):
+        nowhere = f"127.0.0.1:{taken.getsockname()[1]}"
+        with configured(home, ray_address=nowhere, retrain_search="always"):
             for trigger in ("first", "second"):
                 with pytest.raises(ServiceError, match="No Ray cluster answers"):
                     retrain(symbol="GOOG", as_of=day, trigger=trigger)
@@ -99,6 +101,57 @@ def test_a_failed_retrain_is_written_down_and_starts_no_cooldown(settings, home)
         if "trigger" in run.data.tags
     }
     assert statuses["retrain: first"] == statuses["retrain: second"] == "FAILED"
+    assert open_registry(settings).alias(NAME, PRODUCTION) == 1
+
+
+LAX = {"gate_tolerance": 1, "gate_classical_tolerance": 1}
+
+
+def search_run_of(settings: Settings, result: TrainResult) -> str:
+    return client_of(settings).get_run(result.run_id).data.params["search_run"]
+
+
+def test_a_retrain_starts_from_productions_parameters_and_searches_only_if_these_fail(
+    settings, home, promoted
+):
+    """Ray cannot be reached: what does not search does not notice."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nowhere = {"ray_address": f"127.0.0.1:{taken.getsockname()[1]}"}
+        strict = {"gate_tolerance": 0, "gate_classical_tolerance": 0}
+        with configured(home, **nowhere, **strict), pytest.raises(ServiceError, match="No Ray"):
+            retrain(symbol="GOOG", as_of=date(2007, 6, 29), trigger="refused first")
+        with configured(home, **nowhere, **strict, retrain_search="never"):
+            refused = retrain(symbol="GOOG", as_of=date(2007, 6, 29), trigger="never searches")
+        with configured(home, **nowhere, **LAX):
+            result = retrain(symbol="GOOG", as_of=date(2007, 7, 31), trigger="warm")
+    assert refused.outcome == "refused"
+    assert (result.outcome, result.version) == ("promoted", 2)
+    found = search_run_of(settings, promoted)
+    assert search_run_of(settings, result) == search_run_of(settings, refused) == found
+    assert children(settings, result.run_id) == []
+
+
+def test_parameters_that_have_aged_are_searched_anew_before_the_gate_looks(settings, home):
+    """The past of the version in production is made to look better than it was."""
+    run_id = open_registry(settings).version(NAME, 2).run_id
+    client_of(settings).log_metric(run_id, "validation_crps_trained", 1.0)
+    looks = len(rows_of(settings, gate_looks))
+    with configured(home, **LAX):
+        result = retrain(symbol="GOOG", as_of=date(2007, 10, 31), trigger="aged")
+    (searched,) = children(settings, result.run_id)
+    assert search_run_of(settings, result) == searched.info.run_id
+    assert len(rows_of(settings, gate_looks)) == looks + 1
+
+
+def test_what_was_rolled_back_is_not_promoted_again_by_the_same_training(settings, home):
+    before = open_registry(settings).alias(NAME, PRODUCTION)
+    with configured(home, **LAX, retrain_cooldown_days=0):
+        rollback(NAME, version=1, why="it looks wrong")
+        result = retrain(symbol="GOOG", as_of=date(2007, 10, 31), trigger="again")
+    assert result.outcome == "refused"
+    told = f"identical to version {before}, which gave way to version 1: it looks wrong"
+    assert told in result.reasons[0]
     assert open_registry(settings).alias(NAME, PRODUCTION) == 1
 
 

@@ -18,11 +18,12 @@ class Answering:
     def __init__(self, *answers: tuple[int, object]) -> None:
         self.answers = list(answers)
         self.bodies: list[dict[str, object]] = []
+        self.found: dict[str, object] = {"id": "deployment-1"}
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._reply(200, {"id": "deployment-1"})
+                self._reply(200, outer.found)
 
             def do_POST(self) -> None:
                 length = int(self.headers["Content-Length"])
