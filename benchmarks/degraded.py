@@ -2,7 +2,8 @@
 
 100 GARCH markets (`Markets`) of four years, forecast by one who knows the variance of each day, and
 looked at every session; then the same forecasts with intervals of another width, from the first day
-on or after two good years. The last line is one JSON object.
+on or after two good years (None: not found in the two that are left). The last line is one JSON
+object.
 """
 
 import argparse
@@ -120,7 +121,11 @@ def main(argv: list[str] | None = None) -> int:
         first, second, third, fourth = found[name]
         table.add_row(name, f"{first:g} / {second:g}", f"{third:g} / {fourth:g}")
     Console(stderr=True).print(table)
-    print(json.dumps({"false_alarms": false, "alpha": alpha, "days": found}))
+    days = {
+        name: [wait if math.isfinite(wait) else None for wait in waits]
+        for name, waits in found.items()
+    }
+    print(json.dumps({"false_alarms": false, "alpha": alpha, "days": days}))
     return int(false > alpha)
 
 

@@ -132,9 +132,11 @@ def _check(
     newest = verdicts[-1]
     seen.summary, seen.drifted, seen.share = newest.summary(), newest.drifted, newest.share
     seen.checks = len(verdicts)
-    fares = score_forecasts(settings, engine, contract, version, symbol, seen.as_of, md5)
+    fares, logged = score_forecasts(settings, engine, contract, version, symbol, seen.as_of, md5)
     seen.performance, seen.degraded, seen.evidence = fares.summary(), fares.degraded, fares.evidence
-    answered = watch_served(settings, registry, engine, contract, version, symbol, seen.as_of, md5)
+    answered = watch_served(
+        settings, registry, engine, contract, version, symbol, seen.as_of, md5, logged
+    )
     seen.run_id = report(
         registry, engine, version, symbol, md5, verdicts, snapshot, fares, answered
     )

@@ -262,6 +262,13 @@ def look(
         What the days say; without any forecast that can be scored nothing is degraded.
     """
     logged = read_log(engine, symbol, forecaster, version, frame, as_of, since=since)
+    return judge(logged, symbol, forecaster, version, as_of, alpha)
+
+
+def judge(
+    logged: Logged, symbol: str, forecaster: str, version: int, as_of: date, alpha: float
+) -> Performance:
+    """What `look` says of forecasts that were read before; arguments as there."""
     bets, days, wealth = place_bets(logged)
     reached = days[wealth >= 1 / alpha]
     return Performance(

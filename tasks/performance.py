@@ -22,7 +22,7 @@ from forecasting.drift import DriftVerdict
 from forecasting.errors import ContractError, HistoryError, ModelError
 from forecasting.inference import Forecaster
 from forecasting.metrics import Array
-from forecasting.performance import Performance
+from forecasting.performance import Logged, Performance
 from forecasting.registry import Registry
 from forecasting.served import PredictionDrift, Traffic
 from forecasting.settings import Settings
@@ -74,23 +74,16 @@ def score_forecasts(
     symbol: str,
     as_of: date,
     md5: str,
-) -> Performance:
-    """Scores of what the version has answered so far, and whether it has degraded."""
+) -> tuple[Performance, Logged]:
+    """Whether the version has degraded, and the forecasts that say so."""
     frame = datasets.load_frame(settings, symbol, as_of, md5)
-    found = performance.look(
-        engine,
-        symbol,
-        contract.forecaster,
-        version,
-        frame,
-        as_of,
-        settings.performance_alpha,
-        since=contract.as_of,
-    )
+    of = (symbol, contract.forecaster, version)
+    logged = performance.read_log(engine, *of, frame, as_of, since=contract.as_of)
+    found = performance.judge(logged, *of, as_of, settings.performance_alpha)
     if found.rolling:
         create_table_artifact(found.table(), key="performance", description=found.summary())
     get_run_logger().info(found.summary())
-    return found
+    return found, logged
 
 
 @task(name="watch-served", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
@@ -103,12 +96,9 @@ def watch_served(
     symbol: str,
     as_of: date,
     md5: str,
+    logged: Logged,
 ) -> Served:
     """Predictions against those that are usual for the version, and what clients sent."""
-    frame = datasets.load_frame(settings, symbol, as_of, md5)
-    logged = performance.read_log(
-        engine, symbol, contract.forecaster, version, frame, as_of, since=contract.as_of
-    )
     recent = logged.quantiles[-settings.drift_window :]
     drifts: list[PredictionDrift] = []
     if len(recent) >= served.LEAST_DAYS:
@@ -117,6 +107,7 @@ def watch_served(
             drifts = served.prediction_drift(usual, recent, logged.levels)
         except (ContractError, HistoryError, ModelError) as error:
             get_run_logger().warning("Drift of predictions is not watched: %s", error)
+    frame = datasets.load_frame(settings, symbol, as_of, md5)
     raw = prices.visible_rows(datasets.load_raw(settings, symbol, md5), as_of).set_index("date")
     closes = pd.DataFrame({"traded": raw["close"], "adjusted": frame["close"]})
     found = Served(drifts, served.traffic(engine, symbol, as_of, closes))
