@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from sqlalchemy import Engine, Row, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import audit
+from forecasting import audit, metrics
 from forecasting.sequential import wealth
 from forecasting.sessions import sessions_after, sessions_between
 from forecasting.store import now, predictions, probations, promotions
@@ -29,6 +29,9 @@ from forecasting.store import now, predictions, probations, promotions
 State = Literal["watching", "passed", "rolled-back", "superseded"]
 STANDING = ("moved", "confirmed")
 """States of a promotion that holds."""
+LEAST_SCALE = 0.5
+"""Of the previous version's expected CRPS: see `_scale`."""
+_COLUMNS = ("crps", "previous_crps", "scale")
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,9 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
     e-value again however they hang together.
 
     Args:
-        pairs: one row a forecast that both versions made: `origin`, `target`, `horizon`, `crps`
-            and `previous_crps` in bp of log return; those of several symbols are averaged.
+        pairs: one row a forecast that both versions made: `origin`, `target`, `horizon`, and in bp
+            of log return `crps`, `previous_crps` and `scale`, the most by which the former can be
+            the smaller; those of several symbols are averaged.
         alpha: probability of condemning a version that is no worse.
 
     Raises:
@@ -150,8 +154,7 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
     """
     if pairs.empty:
         return Finding(0, 1.0, False, float("nan"), float("nan"), 1, float("nan"))
-    columns = ["crps", "previous_crps"]
-    daily = pairs.groupby(["horizon", "origin", "target"])[columns].mean().reset_index()
+    daily = pairs.groupby(["horizon", "origin", "target"])[list(_COLUMNS)].mean().reset_index()
     daily = daily.sort_values("origin")
     horizon = int(daily["horizon"].max())
     near, far = daily[daily["horizon"] == 1], daily[daily["horizon"] == horizon]
@@ -171,7 +174,8 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
 
 def _value_at(daily: pd.DataFrame, lag: int, days: NDArray[np.datetime64]) -> NDArray[np.float64]:
     """E-value as known on each of `days`, from what came true by then; 1 before the first."""
-    path = wealth(daily["crps"].to_numpy(), daily["previous_crps"].to_numpy(), lag)
+    losses, reference, scale = (daily[name].to_numpy() for name in _COLUMNS)
+    path = wealth(losses, reference, lag, scale)
     known = np.searchsorted(daily["target"].to_numpy(), days, side="right")
     return np.concatenate([[1.0], path])[known]
 
@@ -193,14 +197,31 @@ def pair(scored: pd.DataFrame, watched: Probation) -> pd.DataFrame:
         & (scored["origin"] < pd.Timestamp(last))
         & scored["prices_md5"].notna()  # rows that a client sent can be anything
     ]
-    keys = ["symbol", "origin", "target", "horizon"]
-    sides = [
-        chosen[chosen["model_version"] == version]
-        .drop_duplicates(keys)[[*keys, "crps_bp"]]
-        .rename(columns={"crps_bp": name})
-        for version, name in ((watched.version, "crps"), (watched.previous, "previous_crps"))
-    ]
-    return sides[0].merge(sides[1], on=keys)
+    keys, values = ["symbol", "origin", "target", "horizon"], ["crps_bp", "quantiles", "levels"]
+    own, previous = (
+        chosen[chosen["model_version"] == version].drop_duplicates(keys)
+        for version in (watched.version, watched.previous)
+    )
+    both = own[[*keys, *values, "origin_close"]].merge(
+        previous[[*keys, *values]], on=keys, suffixes=("", "_previous")
+    )
+    both = both[both["levels"].map(tuple) == both["levels_previous"].map(tuple)]
+    both = both.rename(columns={"crps_bp": "crps", "crps_bp_previous": "previous_crps"})
+    both["scale"] = _scale(both)
+    return both[[*keys, "crps", "previous_crps", "scale"]]
+
+
+def _scale(both: pd.DataFrame) -> NDArray[np.float64]:
+    """The most that the version can win by, in bp; where both are nearly the same little is bet."""
+    if both.empty:
+        return np.empty(0)
+    levels, close = both["levels"].iloc[0], both["origin_close"].to_numpy()[:, None]
+    own, previous = (
+        np.log(np.array(both[name].tolist()) / close)
+        for name in ("quantiles", "quantiles_previous")
+    )
+    least = LEAST_SCALE * metrics.expected_crps(previous, levels)
+    return np.maximum(metrics.most_better(own, previous, levels), least) * metrics.BASIS_POINTS
 
 
 # --- the table -------------------------------------------------------------------------------
