@@ -72,7 +72,7 @@ def monitor(
 
     Only the newest check acts: it says what is true now. It emits `perennial.drift.detected`, once
     a day and version, which an automation answers with the deployment `retrain`; forecasts that got
-    worse than they should be are `perennial.performance.degraded`, once a version. Prices that
+    worse than they should be are `perennial.performance.degraded`, as often. Prices that
     cannot be right, or did not come, are `perennial.data.faulty`; no training follows from them.
     A version on probation that is worse than the one before it is rolled back.
 

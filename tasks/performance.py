@@ -176,7 +176,9 @@ def _drift_scores(verdict: DriftVerdict) -> dict[tuple[str, int], float]:
 
 @task(name="alarm-degraded", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
 def alarm_degraded(engine: Engine, found: Performance) -> UUID:
-    """Write the event into the outbox, once a version and symbol; its id."""
-    return events.put_once(
-        engine, found.event(), same=f"{found.symbol} {found.forecaster} {found.version}"
-    )
+    """Write the event into the outbox, once a day and version; its id.
+
+    As with drift, what a cooldown skipped is asked for again while it holds.
+    """
+    same = f"{found.symbol} {found.as_of} {found.forecaster} {found.version}"
+    return events.put_once(engine, found.event(), same=same)
