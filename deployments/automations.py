@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 from uuid import UUID, uuid4
 
 from prefect.blocks.webhook import Webhook
@@ -239,7 +239,7 @@ def _webhook(url: SecretStr) -> UUID | None:
             headers=SecretDict({"Content-Type": "application/json"}),
             allow_private_urls=True,  # it is the operator's own, and may be on this machine
         )
-        return block.save(WEBHOOK_BLOCK, overwrite=True)
+        return cast(UUID, block.save(WEBHOOK_BLOCK, overwrite=True))  # no coroutine outside of one
     with suppress(ValueError):  # there is none
         Webhook.delete(WEBHOOK_BLOCK)
     return None
