@@ -40,7 +40,7 @@ PAYLOAD = """{
   "automation": {{ automation.name | tojson }},
   "event": {{ (event.event if event else none) | tojson }},
   "resource": {{ (event.resource.id if event else none) | tojson }},
-  "run": {{ (event.resource["prefect.resource.name"] if event else none) | tojson }},
+  "run": {{ event.resource["prefect.resource.name"] | default(none) | tojson }},
   "payload": {{ (event.payload if event else {}) | tojson }}
 }"""
 """What the webhook is sent: JSON, with a line for people under `text`, as chat services take it."""

@@ -131,9 +131,7 @@ def test_without_an_address_nothing_tells_and_nothing_is_left(
     client: SyncPrefectClient, targets: Targets
 ) -> None:
     apply(client, load_settings(notify_url="http://127.0.0.1:9/hook?token=hush"))
-    document = client.read_block_document_by_name(
-        WEBHOOK_BLOCK, "webhook", include_secrets=False
-    )
+    document = client.read_block_document_by_name(WEBHOOK_BLOCK, "webhook", include_secrets=False)
     assert "hush" not in document.model_dump_json(), "shown to nobody in the UI"
     done = apply(client, load_settings())
     assert sorted(done[3:]) == sorted(f"removed: {name}" for name in TOLD)
