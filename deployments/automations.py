@@ -1,40 +1,83 @@
 """Prefect automations as code; `python -m deployments.automations` applies them idempotently."""
 
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
-from uuid import UUID
+from typing import Any, cast
+from uuid import UUID, uuid4
 
+from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import StateType
-from prefect.events.actions import ChangeFlowRunState, RunDeployment
+from prefect.events.actions import CallWebhook, ChangeFlowRunState, RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
+from prefect.types import SecretDict
+from pydantic import SecretStr
 
 from forecasting.errors import ServiceError
-from forecasting.events import DriftDetected
+from forecasting.events import (
+    DataFaulty,
+    DataRejected,
+    DataUpdated,
+    DriftDetected,
+    ModelRolledBack,
+    ModelUnservable,
+    PerformanceDegraded,
+)
+from forecasting.settings import Settings, load_settings
 
 HEARTBEAT_SECONDS = 90
 """A run whose last heartbeat is older has lost its worker; `prefect.yaml` has our runs send one
 every 30 seconds (Prefect's default of 180 would make every longer run look lost)."""
 TAG = "perennial"
 """Of our deployments in `prefect.yaml`; runs of others are not judged."""
+WEBHOOK_BLOCK = "perennial-notify"
+RETIRED = ("perennial: drift starts retrain",)
+"""Names that earlier versions gave; automations of these names are removed."""
+PAYLOAD = """{
+  "text": {{ (automation.name ~ (": " ~ event.resource.id if event else "")) | tojson }},
+  "automation": {{ automation.name | tojson }},
+  "event": {{ (event.event if event else none) | tojson }},
+  "resource": {{ (event.resource.id if event else none) | tojson }},
+  "run": {{ event.resource["prefect.resource.name"] | default(none) | tojson }},
+  "payload": {{ (event.payload if event else {}) | tojson }}
+}"""
+"""What the webhook is sent: JSON, with a line for people under `text`, as chat services take it."""
 
 
-def automations(retrain_id: UUID) -> list[AutomationCore]:
-    """Every automation of the project, given the id of the deployment `retrain/retrain`."""
-    drift = AutomationCore(
-        name="perennial: drift starts retrain",
-        description="One retrain a symbol for each drift event; the ledger refuses storms.",
-        trigger=EventTrigger(
-            expect={DriftDetected.name},
+@dataclass(frozen=True)
+class Targets:
+    """Ids of the deployments that automations start."""
+
+    retrain: UUID
+    daily: UUID
+
+
+def automations(targets: Targets, webhook: UUID | None, settings: Settings) -> list[AutomationCore]:
+    """Every automation of the project.
+
+    Args:
+        targets: what is started.
+        webhook: id of the block that is told; None: the automations that tell are left out.
+        settings: what is told when.
+    """
+    wanted = [_retrain(targets.retrain), _chain(targets.daily), _crashed()]
+    return wanted if webhook is None else [*wanted, *_notifications(webhook, settings)]
+
+
+def _retrain(deployment: UUID) -> AutomationCore:
+    return AutomationCore(
+        name="perennial: drift or degraded performance starts retrain",
+        description="A run for each event; the ledger lets one train, and keeps why others did "
+        "not.",
+        trigger=_each(
+            {DriftDetected.name, PerformanceDegraded.name},
             match={"prefect.resource.id": "perennial.symbol.*"},
-            for_each={"prefect.resource.id"},
-            posture=Posture.Reactive,
-            threshold=1,
-            within=timedelta(seconds=10),
         ),
         actions=[
             RunDeployment(
-                deployment_id=retrain_id,
+                deployment_id=deployment,
                 parameters={
                     "symbol": "{{ event.payload.symbol }}",
                     "as_of": "{{ event.payload.as_of }}",
@@ -43,7 +86,27 @@ def automations(retrain_id: UUID) -> list[AutomationCore]:
             )
         ],
     )
-    crashed = AutomationCore(
+
+
+def _chain(deployment: UUID) -> AutomationCore:
+    return AutomationCore(
+        name="perennial: new data starts daily",
+        description="Monitor and forecast the symbols of an ingest; a day is done once.",
+        trigger=_each({DataUpdated.name}, match={"prefect.resource.id": "perennial.dataset"}),
+        actions=[
+            RunDeployment(
+                deployment_id=deployment,
+                parameters={
+                    "symbols": "{{ event.payload.symbols }}",
+                    "as_of": "{{ event.payload.as_of }}",
+                },
+            )
+        ],
+    )
+
+
+def _crashed() -> AutomationCore:
+    return AutomationCore(
         name="perennial: a run that lost its worker is Crashed",
         description="No heartbeat and no end: the process or its machine is gone.",
         trigger=EventTrigger(
@@ -56,10 +119,7 @@ def automations(retrain_id: UUID) -> list[AutomationCore]:
                 "prefect.flow-run.Crashed",
             },
             match={"prefect.resource.id": "prefect.flow-run.*"},
-            match_related={
-                "prefect.resource.id": f"prefect.tag.{TAG}",
-                "prefect.resource.role": "tag",
-            },
+            match_related=_OURS,
             for_each={"prefect.resource.id"},
             posture=Posture.Proactive,
             threshold=1,
@@ -71,38 +131,124 @@ def automations(retrain_id: UUID) -> list[AutomationCore]:
             )
         ],
     )
-    return [drift, crashed]
 
 
-def apply(client: SyncPrefectClient) -> list[str]:
+def _notifications(webhook: UUID, settings: Settings) -> list[AutomationCore]:
+    """What a person is told, by name and trigger."""
+    hours, failures = settings.notify_silence_hours, settings.notify_failures
+    triggers = {
+        "no monitor has completed": EventTrigger(
+            expect={"prefect.flow-run.Completed"},
+            match_related={
+                "prefect.resource.role": "flow",
+                "prefect.resource.name": "monitor",
+            },
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(hours=hours),
+        ),
+        "prices are stale, faulty or refused": _each({DataFaulty.name, DataRejected.name}),
+        "a deployment fails again and again": EventTrigger(
+            expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
+            match_related=_OURS,
+            for_each={"related:deployment:prefect.resource.id"},
+            posture=Posture.Reactive,
+            threshold=failures,
+            within=timedelta(days=1),
+        ),
+        "a run has crashed": _each({"prefect.flow-run.Crashed"}, match_related=_OURS),
+        "a version cannot be served": _each({ModelUnservable.name}),
+        "forecasts got worse": _each({PerformanceDegraded.name}),
+        "a version was rolled back": _each({ModelRolledBack.name}),
+    }
+    return [
+        AutomationCore(
+            name=f"perennial: tell that {what}",
+            description="Calls the webhook of PERENNIAL_NOTIFY_URL.",
+            trigger=trigger,
+            actions=[CallWebhook(block_document_id=webhook, payload=PAYLOAD)],
+        )
+        for what, trigger in triggers.items()
+    ]
+
+
+_OURS: dict[str, str | list[str]] = {
+    "prefect.resource.id": f"prefect.tag.{TAG}",
+    "prefect.resource.role": "tag",
+}
+
+
+def _each(expect: set[str], **matching: Any) -> EventTrigger:  # noqa: ANN401  (Prefect's patterns)
+    """Fire for each event at once, with none left out."""
+    return EventTrigger(
+        expect=expect,
+        posture=Posture.Reactive,
+        threshold=1,
+        within=timedelta(0),
+        **matching,
+    )
+
+
+def apply(client: SyncPrefectClient, settings: Settings) -> list[str]:
     """Create or update every automation by name; the lines say what was done.
 
+    Those that are no longer wanted are removed: of earlier versions, and the ones that tell where
+    no `notify_url` is set. What was switched off by hand stays off.
+
     Raises:
-        ServiceError: the deployment `retrain/retrain` is not there yet.
+        ServiceError: a deployment that is started is not there yet.
     """
+    targets = Targets(
+        retrain=_deployment(client, "retrain/retrain"), daily=_deployment(client, "daily/daily")
+    )
+    wanted = automations(targets, _webhook(settings.notify_url), settings)
+    done = [_put(client, automation) for automation in wanted]
+    known = {*RETIRED, *(each.name for each in automations(targets, uuid4(), settings))}
+    for name in sorted(known - {each.name for each in wanted}):
+        for found in client.read_automations_by_name(name):
+            client.delete_automation(found.id)
+            done.append(f"removed: {name}")
+    return done
+
+
+def _deployment(client: SyncPrefectClient, name: str) -> UUID:
     try:
-        retrain_id = client.read_deployment_by_name("retrain/retrain").id
+        return client.read_deployment_by_name(name).id
     except ObjectNotFound as error:
         raise ServiceError(
-            "The deployment retrain/retrain is missing. Run `prefect deploy --all` first."
+            f"The deployment {name} is missing. Run `prefect deploy --all` first."
         ) from error
-    done = []
-    for automation in automations(retrain_id):
-        found = client.read_automations_by_name(automation.name)
-        if found:
-            client.update_automation(found[0].id, automation)
-        else:
-            client.create_automation(automation)
-        for repeated in found[1:]:
-            client.delete_automation(repeated.id)
-        done.append(f"{'updated' if found else 'created'}: {automation.name}")
-    return done
+
+
+def _put(client: SyncPrefectClient, automation: AutomationCore) -> str:
+    found = client.read_automations_by_name(automation.name)
+    if found:
+        client.update_automation(found[0].id, automation)
+    else:
+        client.create_automation(automation)
+    for repeated in found[1:]:
+        client.delete_automation(repeated.id)
+    return f"{'updated' if found else 'created'}: {automation.name}"
+
+
+def _webhook(url: SecretStr) -> UUID | None:
+    """Id of the webhook's block, made or updated; removed, and None, without an address."""
+    if url.get_secret_value():
+        block = Webhook(
+            url=url,
+            headers=SecretDict({"Content-Type": "application/json"}),
+            allow_private_urls=True,  # it is the operator's own, and may be on this machine
+        )
+        return cast(UUID, block.save(WEBHOOK_BLOCK, overwrite=True))  # no coroutine outside of one
+    with suppress(ValueError):  # there is none
+        Webhook.delete(WEBHOOK_BLOCK)
+    return None
 
 
 def main() -> None:
     """Apply to the server of `PREFECT_API_URL`."""
     with get_client(sync_client=True) as client:
-        print("\n".join(apply(client)))
+        print("\n".join(apply(client, load_settings())))
 
 
 if __name__ == "__main__":

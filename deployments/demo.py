@@ -35,7 +35,11 @@ CALM_UNTIL = date(2007, 12, 31)
 CRASH_UNTIL = date(2008, 12, 31)
 MONITORED = (3, 6, 9, 10, 11, 12)
 """Months at whose end the monitor runs; each run makes up for every weekly check since the last."""
-SETTINGS = {"PERENNIAL_TRIALS": "8", "PERENNIAL_POLL_SECONDS": "0.1"}
+SETTINGS = {
+    "PERENNIAL_TRIALS": "8",
+    "PERENNIAL_POLL_SECONDS": "0.1",
+    "PERENNIAL_CLOCK": "market",
+}
 
 
 @dataclass

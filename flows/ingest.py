@@ -5,11 +5,12 @@ from datetime import date
 from prefect import flow
 from pydantic import BaseModel
 
-from forecasting.errors import BadPricesError
+from forecasting.sessions import exchange_day
 from forecasting.settings import load_settings
+from forecasting.store import now
 from tasks.accounting import accounted
-from tasks.events import deliver_events
-from tasks.ingest import ingest_prices
+from tasks.events import telling
+from tasks.ingest import ingest_prices, tell_update
 
 
 class IngestResult(BaseModel):
@@ -30,8 +31,8 @@ class IngestResult(BaseModel):
 
 
 def today_or(as_of: date | None) -> date:
-    """`as_of`, or today where none is given."""
-    return as_of or date.today()
+    """`as_of`, or the exchange's today where none is given."""
+    return as_of or exchange_day(now())
 
 
 @flow(name="ingest")
@@ -41,6 +42,9 @@ def ingest(
     as_of: date | None = None,
 ) -> IngestResult:
     """Take what is new up to `as_of` into the dataset, one version for all symbols.
+
+    A version that was not told before is the event `perennial.data.updated`, which an automation
+    answers with the deployment `daily`.
 
     Args:
         symbols: tickers of the source.
@@ -54,11 +58,9 @@ def ingest(
             `perennial.data.rejected` says why.
     """
     settings = load_settings()
-    try:
+    with telling(settings):
         version = ingest_prices(settings, symbols, today_or(as_of))
-    except BadPricesError:
-        deliver_events(settings)  # somebody may wait for it: `perennial.data.rejected`
-        raise
+        tell_update(settings, version, symbols)
     return IngestResult(
         md5=version.md5,
         rev=version.rev,

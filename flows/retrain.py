@@ -1,5 +1,6 @@
-"""Retrain a symbol's forecaster after drift; `deployments.automations` starts it."""
+"""Retrain a symbol's forecaster when it is no longer what it was; automations start it."""
 
+import uuid
 from datetime import date
 
 from prefect import flow, get_run_logger
@@ -7,7 +8,7 @@ from prefect.runtime import flow_run
 
 from flows.ingest import today_or
 from flows.train import TrainResult, run_training
-from forecasting import ledger
+from forecasting import costs, ledger
 from forecasting.assignment import who_serves
 from forecasting.registry import open_registry
 from forecasting.settings import load_settings
@@ -20,20 +21,21 @@ from tasks.accounting import accounted
 def retrain(
     symbol: str = "GOOG", as_of: date | None = None, trigger: str = "manual"
 ) -> TrainResult:
-    """Train again on what is known on `as_of`, unless the forecaster was retrained just now.
+    """Train again on what is known on `as_of`, within the ledger's cooldown and weekly budget.
 
     One that serves several symbols is trained for all of them again, and one cooldown is for all.
     It starts from the parameters of the version in production, and searches where they do not do.
+    A request that is against the limits is skipped, and the ledger keeps the reason.
 
     Args:
         symbol: whose forecaster.
         as_of: the day it pretends to be; today if absent.
-        trigger: what asked for it, such as the id of a drift event.
+        trigger: what asked for it, such as the id of an event.
 
     Returns:
         Promoted, refused, unchanged, or skipped, with reasons.
     """
-    settings = load_settings()
+    settings, spent = load_settings(), costs.usage()
     day = today_or(as_of)
     forecaster, symbols = who_serves(open_registry(settings), symbol)
     with engine_of(settings.sql_url) as engine:
@@ -42,8 +44,8 @@ def retrain(
             symbol=symbol if len(symbols) == 1 else forecaster,
             as_of=day,
             trigger=trigger,
-            flow_run_id=str(flow_run.id or "local"),
-            cooldown_days=settings.retrain_cooldown_days,
+            flow_run_id=str(flow_run.id or uuid.uuid4()),
+            limits=ledger.Limits.of(settings),
         )
         if entry.skipped:
             get_run_logger().warning("not retrained: %s", entry.reason)
@@ -59,7 +61,8 @@ def retrain(
             told, widen = f"retrain: {trigger}", settings.retrain_search
             result = run_training(settings, symbols, day, trigger=told, widen=widen)
         except BaseException as error:
-            ledger.close(engine, entry.id, "failed", repr(error))
+            ledger.close(engine, entry.id, "failed", repr(error), costs.usage() - spent)
             raise
-        ledger.close(engine, entry.id, result.outcome, " ".join(result.reasons))
+        reasons = " ".join(result.reasons)
+        ledger.close(engine, entry.id, result.outcome, reasons, costs.usage() - spent)
     return result

@@ -9,6 +9,7 @@ from forecasting.registry import PREVIOUS, Registry, open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
+from tasks.events import telling
 from tasks.promote import promote_version
 
 
@@ -31,7 +32,7 @@ def rollback(
     """
     settings = load_settings()
     registry = open_registry(settings)
-    with engine_of(settings.sql_url) as engine:
+    with telling(settings), engine_of(settings.sql_url) as engine:
         for line in promotion.reconcile(settings, registry, engine, forecaster):
             get_run_logger().warning("An interrupted promotion was settled: %s", line)
         target = version if version is not None else _previous(registry, forecaster)

@@ -21,6 +21,7 @@ from forecasting.assignment import forecaster_name
 from forecasting.contract import MODEL_FILE, Contract, read_contract
 from forecasting.datasets import DatasetVersion
 from forecasting.errors import OvertakenError
+from forecasting.events import ModelRefused, put_once
 from forecasting.hyperparameters import ModelConfig
 from forecasting.registry import MODEL_TAG, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
@@ -30,6 +31,7 @@ from tasks.accounting import accounted
 from tasks.approval import ask, require_approvable
 from tasks.cache import cache_key, code_commit
 from tasks.candidate import Candidate, Found, write_candidate
+from tasks.events import telling
 from tasks.gate import CARD, Judged, gate_scores, judge, show_verdict
 from tasks.ingest import ingest_prices
 from tasks.promote import promote_version
@@ -98,7 +100,7 @@ def run_training(
     symbols = tuple(dict.fromkeys(symbols))
     forecaster = forecaster_name(symbols)
     registry = open_registry(settings)
-    with engine_of(settings.sql_url) as engine:
+    with telling(settings), engine_of(settings.sql_url) as engine:
         for line in promotion.reconcile(settings, registry, engine, forecaster):
             get_run_logger().warning("An interrupted promotion was settled: %s", line)
         dataset = ingest_prices(settings, with_peers_of(settings, symbols), as_of)
@@ -180,8 +182,16 @@ class Training:
         return cls(settings, registry, engine, symbols, as_of, dataset, run_id)
 
     def end(self, result: TrainResult) -> TrainResult:
-        """Write down what it came to, and end its MLflow run."""
+        """Write down what it came to, tell a refusal, and end its MLflow run."""
         reasons = " ".join(result.reasons)
+        if result.outcome == "refused":
+            told = ModelRefused(
+                forecaster=self.forecaster,
+                as_of=self.as_of,
+                run_id=self.run_id,
+                reasons=tuple(result.reasons),
+            )
+            put_once(self.engine, told, same=self.run_id)
         ended = {"outcome": result.outcome, "reasons": reasons, "version": result.version or ""}
         self.registry.set_tags(self.run_id, ended)
         self.registry.finish(self.run_id, "FINISHED")

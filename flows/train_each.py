@@ -22,6 +22,7 @@ from forecasting.store import engine_of
 from tasks.accounting import accounted
 from tasks.approval import require_approvable
 from tasks.candidate import write_candidate
+from tasks.events import telling
 from tasks.gate import weigh
 from tasks.ingest import ingest_prices
 from tasks.training import first_parameters, log_search, with_peers_of
@@ -57,6 +58,7 @@ def train_each(symbols: list[str], as_of: date | None = None) -> list[TrainResul
     settings.work_dir.mkdir(parents=True, exist_ok=True)
     registry = open_registry(settings)
     with (
+        telling(settings),
         engine_of(settings.sql_url) as engine,
         tempfile.TemporaryDirectory(dir=settings.work_dir) as scratch,
     ):

@@ -7,15 +7,15 @@ Prefect's client, `serving drain` through plain HTTP.
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
 
 import httpx
 import msgspec
 from filelock import FileLock, Timeout
-from sqlalchemy import Engine, func, insert, select, text, update
-from sqlalchemy.exc import IntegrityError
+from sqlalchemy import Connection, Engine, func, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from forecasting.errors import ServiceError
 from forecasting.store import now, outbox
@@ -66,6 +66,22 @@ class DataRejected(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
     name = "perennial.data.rejected"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return "perennial.dataset"
+
+
+class DataUpdated(msgspec.Struct, frozen=True, kw_only=True):
+    """An ingest made a dataset version with rows that no earlier one had; told once a version."""
+
+    schema: Literal[1] = 1
+    symbols: tuple[str, ...]
+    as_of: date
+    dataset_md5: str
+
+    name = "perennial.data.updated"
 
     @property
     def resource(self) -> str:
@@ -125,7 +141,7 @@ class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelPromoted(msgspec.Struct, frozen=True, kw_only=True):
-    """A version holds the alias `production` since now; `served` is what the server said of it."""
+    """A newer version holds the alias `production`; `served` is what the server said of it."""
 
     schema: Literal[1] = 1
     forecaster: str
@@ -161,12 +177,12 @@ class ModelRefused(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelRolledBack(msgspec.Struct, frozen=True, kw_only=True):
-    """An earlier version took the place of `rolled_back`."""
+    """An earlier version took the place of `rolled_back`; None: there was none before it."""
 
     schema: Literal[1] = 1
     forecaster: str
-    version: int
-    rolled_back: int | None
+    version: int | None
+    rolled_back: int
     who: str
     why: str
 
@@ -199,6 +215,7 @@ Event = (
     DriftDetected
     | PerformanceDegraded
     | DataRejected
+    | DataUpdated
     | DataFaulty
     | ModelPromoted
     | ModelRefused
@@ -219,9 +236,8 @@ class Outgoing(msgspec.Struct, frozen=True):
 
 def put(engine: Engine, event: Event) -> uuid.UUID:
     """Write an event into the outbox; its id."""
-    identity = uuid.uuid4()
-    _put(engine, identity, event)
-    return identity
+    with engine.begin() as connection:
+        return _put(connection, uuid.uuid4(), event)
 
 
 def put_once(engine: Engine, event: Event, same: str = "") -> uuid.UUID:
@@ -230,26 +246,43 @@ def put_once(engine: Engine, event: Event, same: str = "") -> uuid.UUID:
     Args:
         same: what makes two events of one name the same; all of their content if empty.
     """
+    with engine.begin() as connection:
+        return put_once_with(connection, event, same)
+
+
+def put_once_with(connection: Connection, event: Event, same: str = "") -> uuid.UUID:
+    """`put_once` in a transaction of the caller: the event is there if what it tells is."""
+    return _put(connection, _identity(connection, event, same), event)
+
+
+def was_put(connection: Connection, event: type[Event], same: str) -> bool:
+    """Whether `put_once` wrote such an event, delivered or not."""
+    query = select(outbox.c.id).where(outbox.c.id == str(_identity(connection, event, same)))
+    return connection.execute(query).first() is not None
+
+
+def _identity(connection: Connection, event: Event | type[Event], same: str) -> uuid.UUID:
     content = f"{event.name} {same}" if same else msgspec.json.encode(event).decode()
     # homes that share a Prefect server share no ids: it would drop the second event
-    home = engine.url.render_as_string(hide_password=True)
-    identity = uuid.uuid5(uuid.NAMESPACE_OID, f"{home} {content}")
-    with suppress(IntegrityError):
-        _put(engine, identity, event)
-    return identity
+    home = connection.engine.url.render_as_string(hide_password=True)
+    return uuid.uuid5(uuid.NAMESPACE_OID, f"{home} {content}")
 
 
-def _put(engine: Engine, identity: uuid.UUID, event: Event) -> None:
-    with engine.begin() as connection:
-        connection.execute(
-            insert(outbox).values(
-                id=str(identity),
-                name=event.name,
-                resource=event.resource,
-                payload=msgspec.to_builtins(event),
-                occurred_at=now(),
-            )
+def _put(connection: Connection, identity: uuid.UUID, event: Event) -> uuid.UUID:
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    connection.execute(
+        dialect.insert(outbox)
+        .values(
+            id=str(identity),
+            name=event.name,
+            resource=event.resource,
+            payload=msgspec.to_builtins(event),
+            occurred_at=now(),
+            attempts=0,
         )
+        .on_conflict_do_nothing()
+    )
+    return identity
 
 
 def pending(engine: Engine) -> list[Outgoing]:

@@ -10,13 +10,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Literal
-from zoneinfo import ZoneInfo
 
 import numpy as np
 import pandas as pd
 
 from forecasting.contract import COLUMNS
-from forecasting.sessions import sessions_between
+from forecasting.sessions import HERE, ROW_HOUR, sessions_between
 
 USUAL_ROWS = 64
 """Sessions before a row that say what volume is usual."""
@@ -24,9 +23,6 @@ VOLUME_LOW, VOLUME_HIGH, PRICE_UNIT = 1 / 20, 40.0, 3.0
 """Ratios of a day's volume to the usual one, and, up or down, of an open to the last close after
 all factors, beyond which the unit is another. Of AAPL, GOOG, IBM and MSFT from 2000 to 2013 the
 furthest are 1/6, 28 and 1.9."""
-_MARKET = ZoneInfo("America/New_York")
-_FEED_HOUR = 18
-"""In New York; from then on the day's row is due."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,8 @@ def find(
 def due(last: date, as_of: date, now: datetime | None = None) -> list[date]:
     """Sessions after `last` whose prices should be known on `as_of`."""
     days = [day for day in sessions_between(last, as_of) if day > last]
-    here = (now or datetime.now(_MARKET)).astimezone(_MARKET)
-    is_early = here.hour < _FEED_HOUR
+    here = (now or datetime.now(HERE)).astimezone(HERE)
+    is_early = here.hour < ROW_HOUR
     return [day for day in days if day < here.date() or (day == here.date() and not is_early)]
 
 

@@ -1,19 +1,55 @@
-"""The retrain ledger: who asked for a retrain, what came of it, and the cooldown between two."""
+"""The retrain ledger: who asked for a retrain, what came of it, and what keeps them few.
+
+Retrains of one forecaster run one at a time with a cooldown between two, and those of all
+forecasters have a budget for a week. A request that is against any of it is written down as
+skipped, with the reason.
+"""
 
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import Connection, Engine, insert, select, update
 
 from forecasting import audit
-from forecasting.sessions import count_sessions
+from forecasting.sessions import count_sessions, exchange_day
+from forecasting.settings import Clock, Settings
 from forecasting.store import exclude_writers, now, retrains
 
-COUNTED = ("running", "promoted", "refused", "unchanged", "rolled-back")
+COUNTED = ("promoted", "refused", "unchanged", "rolled-back")
 """States that start a cooldown; a failed or skipped retrain does not."""
 LOST_AFTER = timedelta(hours=3)
 """A retrain that runs longer was killed: its steps have timeouts of an hour each."""
+WEEK = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What keeps retrains few; 0 is no limit.
+
+    Attributes:
+        cooldown_days: trading days between two retrains of one forecaster.
+        runs: most retrains of all forecasters that start in a week; failed ones count.
+        cpu_minutes: CPU time of all retrains in a week after which none starts. What a killed one
+            spent is not known and counts as nothing; it counts as a run.
+        clock: whether days pass on the wall or by the market days `as_of` of the requests.
+    """
+
+    cooldown_days: int = 0
+    runs: int = 0
+    cpu_minutes: float = 0
+    clock: Clock = "wall"
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Limits":
+        """Those of the settings."""
+        return cls(
+            settings.retrain_cooldown_days,
+            settings.retrain_budget_runs,
+            settings.retrain_budget_cpu_minutes,
+            settings.clock,
+        )
 
 
 @dataclass(frozen=True)
@@ -25,33 +61,59 @@ class Entry:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Line:
+    """What an earlier line says that bears on a new request."""
+
+    symbol: str
+    as_of: date
+    flow_run_id: str
+    state: str
+    cpu_seconds: float
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class _Request:
+    symbol: str
+    as_of: date
+    at: datetime
+    limits: Limits
+
+    def sessions_since(self, line: _Line) -> int:
+        """Trading days between a line and this request, whichever is the later one."""
+        if self.limits.clock == "market":
+            return abs(count_sessions(line.as_of, self.as_of))
+        return count_sessions(exchange_day(line.created_at), exchange_day(self.at))
+
+    def same_week(self, line: _Line) -> bool:
+        """Whether a line lies in the week of which this request is the end."""
+        if self.limits.clock == "market":
+            return abs(line.as_of - self.as_of) < WEEK
+        return self.at - line.created_at < WEEK
+
+
 def claim(
-    engine: Engine,
-    *,
-    symbol: str,
-    as_of: date,
-    trigger: str,
-    flow_run_id: str,
-    cooldown_days: int,
+    engine: Engine, *, symbol: str, as_of: date, trigger: str, flow_run_id: str, limits: Limits
 ) -> Entry:
-    """Write a request into the ledger; skipped if the symbol's cooldown has not passed.
+    """Write a request into the ledger; skipped, with the reason, where the limits are against it.
 
     The check and the line are one transaction that excludes other writers, so that two requests
     at once cannot both pass.
 
     Args:
         engine: from `store.open_engine`.
-        symbol: whose forecaster.
-        as_of: the market day of the request; the cooldown counts market days.
+        symbol: whose forecaster, or the forecaster of several.
+        as_of: the market day of the request.
         trigger: what asked.
-        flow_run_id: the Prefect flow run; a repeated call by the same run is granted again.
-        cooldown_days: trading days between two retrains of one symbol.
+        flow_run_id: the Prefect flow run; one that starts again goes on from its own earlier line.
+        limits: what the request must keep within.
     """
-    identity = str(uuid.uuid4())
+    identity, request = str(uuid.uuid4()), _Request(symbol, as_of, now(), limits)
     with engine.connect() as connection:
         exclude_writers(connection, retrains)
-        _close_lost(connection, symbol)
-        reason = _cooling(connection, symbol, as_of, flow_run_id, cooldown_days)
+        _close_lost(connection, symbol, flow_run_id)
+        reason = _against(request, _others(connection, flow_run_id))
         connection.execute(
             insert(retrains).values(
                 id=identity,
@@ -61,7 +123,7 @@ def claim(
                 flow_run_id=flow_run_id,
                 state="skipped" if reason else "running",
                 reason=reason,
-                created_at=now(),
+                created_at=request.at,
             )
         )
         audit.add(
@@ -76,13 +138,15 @@ def claim(
     return Entry(identity, bool(reason), reason)
 
 
-def close(engine: Engine, identity: str, state: str, reason: str) -> None:
-    """Write down what came of a retrain."""
+def close(
+    engine: Engine, identity: str, state: str, reason: str, cpu_seconds: float | None = None
+) -> None:
+    """Write down what came of a retrain, and the CPU time that it took."""
     with engine.begin() as connection:
         line = connection.execute(
             update(retrains)
             .where(retrains.c.id == identity)
-            .values(state=state, reason=reason)
+            .values(state=state, reason=reason, cpu_seconds=cpu_seconds)
             .returning(retrains.c.symbol, retrains.c.trigger)
         ).one()
         audit.add(
@@ -127,28 +191,98 @@ def hold(
         connection.commit()
 
 
-def _close_lost(connection: Connection, symbol: str) -> None:
+def _close_lost(connection: Connection, symbol: str, flow_run_id: str) -> None:
     """A killed retrain cannot close its own line; it must not block the symbol."""
-    lost = (
-        retrains.c.symbol == symbol,
-        retrains.c.state == "running",
-        retrains.c.created_at < now() - LOST_AFTER,
-    )
-    reason = f"lost: it did not end within {LOST_AFTER}"
-    connection.execute(update(retrains).where(*lost).values(state="failed", reason=reason))
+    running = (retrains.c.symbol == symbol, retrains.c.state == "running")
+    old = retrains.c.created_at < now() - LOST_AFTER
+    own = retrains.c.flow_run_id == flow_run_id
+    for lost, reason in (
+        (old, f"lost: it did not end within {LOST_AFTER}"),
+        (own, "lost: its flow run started again"),
+    ):
+        closed = connection.execute(
+            update(retrains)
+            .where(*running, lost)
+            .values(state="failed", reason=reason)
+            .returning(retrains.c.id, retrains.c.trigger)
+        )
+        for line in closed.all():
+            details = {"id": line.id, "state": "failed"}
+            audit.add(
+                connection, "retrain", symbol, who=line.trigger, reason=reason, details=details
+            )
 
 
-def _cooling(
-    connection: Connection, symbol: str, as_of: date, flow_run_id: str, cooldown_days: int
-) -> str:
-    query = select(retrains.c.as_of, retrains.c.state, retrains.c.flow_run_id).where(
-        retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED)
+def _others(connection: Connection, flow_run_id: str) -> list[_Line]:
+    """Every retrain that was let start, but for those of the asking flow run itself."""
+    query = (
+        select(*(retrains.c[name] for name in _Line.__dataclass_fields__))
+        .where(retrains.c.state != "skipped", retrains.c.flow_run_id != flow_run_id)
+        .order_by(retrains.c.created_at.desc())
     )
-    for day, state, run in connection.execute(query):
-        distance = abs(count_sessions(day, as_of))
-        if distance < cooldown_days and run != flow_run_id:
+    lines = []
+    for row in connection.execute(query).mappings():
+        at: datetime = row["created_at"]  # SQLite gives it back without its zone
+        values = {"created_at": at.replace(tzinfo=at.tzinfo or UTC)}
+        lines.append(_Line(**{**row, **values, "cpu_seconds": row["cpu_seconds"] or 0.0}))
+    return lines
+
+
+def _against(request: _Request, lines: Sequence[_Line]) -> str:
+    """Why the request must not start; empty if nothing is against it."""
+    rules: tuple[Callable[[_Request, Sequence[_Line]], str], ...] = (
+        _running,
+        _cooling,
+        _runs_spent,
+        _cpu_spent,
+    )
+    return next((reason for rule in rules if (reason := rule(request, lines))), "")
+
+
+def _running(request: _Request, lines: Sequence[_Line]) -> str:
+    for line in lines:
+        if (line.symbol, line.state) == (request.symbol, "running"):
             return (
-                f"{symbol} was retrained ({state}) as of {day}, {distance} trading days from "
-                f"{as_of}; the cooldown is {cooldown_days} (PERENNIAL_RETRAIN_COOLDOWN_DAYS)."
+                f"A retrain of {request.symbol} as of {line.as_of} is running since "
+                f"{line.created_at:%Y-%m-%d %H:%M} UTC (flow run {line.flow_run_id}); "
+                "one at a time."
             )
     return ""
+
+
+def _cooling(request: _Request, lines: Sequence[_Line]) -> str:
+    limits = request.limits
+    for line in lines:
+        if line.symbol != request.symbol or line.state not in COUNTED:
+            continue
+        distance = request.sessions_since(line)
+        if distance < limits.cooldown_days:
+            market = limits.clock == "market"
+            on = f"as of {line.as_of}" if market else f"on {exchange_day(line.created_at)}"
+            away = f"from {request.as_of}" if market else "ago"
+            return (
+                f"{request.symbol} was retrained ({line.state}) {on}, {distance} trading days "
+                f"{away}; the cooldown is {limits.cooldown_days} (PERENNIAL_RETRAIN_COOLDOWN_DAYS)."
+            )
+    return ""
+
+
+def _runs_spent(request: _Request, lines: Sequence[_Line]) -> str:
+    started = [line for line in lines if line.state != "rolled-back" and request.same_week(line)]
+    runs = {line.flow_run_id for line in started}
+    if not request.limits.runs or len(runs) < request.limits.runs:
+        return ""
+    return (
+        f"{len(runs)} retrains were started within a week; the budget is {request.limits.runs} "
+        "(PERENNIAL_RETRAIN_BUDGET_RUNS)."
+    )
+
+
+def _cpu_spent(request: _Request, lines: Sequence[_Line]) -> str:
+    minutes = sum(line.cpu_seconds for line in lines if request.same_week(line)) / 60
+    if not request.limits.cpu_minutes or minutes < request.limits.cpu_minutes:
+        return ""
+    return (
+        f"Retrains took {minutes:.1f} CPU minutes within a week; the budget is "
+        f"{request.limits.cpu_minutes:g} (PERENNIAL_RETRAIN_BUDGET_CPU_MINUTES)."
+    )

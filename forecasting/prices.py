@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import TypeAlias
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from forecasting.contract import COLUMNS
 from forecasting.errors import BadPricesError, HistoryError
-from forecasting.sessions import is_session, sessions_between
+from forecasting.sessions import exchange_day, is_session, sessions_between
 from forecasting.settings import Settings
 
 Frame: TypeAlias = pd.DataFrame
@@ -94,9 +94,9 @@ def check_as_of(as_of: date) -> None:
     """Refuse a date of which nothing can be known yet.
 
     Raises:
-        HistoryError: `as_of` is after today.
+        HistoryError: `as_of` is after today, here and at the exchange.
     """
-    today = date.today()
+    today = max(date.today(), exchange_day(datetime.now(UTC)))
     if as_of > today:
         raise HistoryError(
             f"as_of {as_of} is in the future; a date up to today ({today}) is expected."

@@ -10,6 +10,10 @@ or puts the aliases back. Where no server answers a promotion stands as `moved`,
 `reconcile` confirms it if the version loads. One promotion of a forecaster at a time: a lock file
 under `home`, which the operating system releases when its holder dies.
 
+That a promotion stands, or stands no longer, is an event that is put into the outbox by the
+transaction that writes it into the line. An earlier version in the place of a later one is told as
+`perennial.model.rolled-back`, a later one as `perennial.model.promoted`.
+
 Where a signing key is set, a version is signed before anything moves (`signing`).
 """
 
@@ -30,7 +34,7 @@ import msgspec
 from filelock import FileLock, Timeout
 from sqlalchemy import Connection, Engine, Row, insert, select, update
 
-from forecasting import audit
+from forecasting import audit, events
 from forecasting.contract import CONTRACT_FILE
 from forecasting.errors import (
     ContractError,
@@ -39,6 +43,7 @@ from forecasting.errors import (
     RegistryError,
     ServiceError,
 )
+from forecasting.events import ModelPromoted, ModelRolledBack
 from forecasting.inference import Forecaster
 from forecasting.registry import (
     CONTRACT_TAG,
@@ -266,7 +271,8 @@ def _move(registry: Registry, engine: Engine, line: Promotion) -> None:
     if line.previous is not None:
         registry.set_alias(line.forecaster, PREVIOUS, line.previous)
     registry.set_alias(line.forecaster, PRODUCTION, line.version)
-    _record(engine, line, "moved", "")
+    with engine.begin() as connection:
+        _record(connection, line, "moved", "")
 
 
 def _confirm(settings: Settings, engine: Engine, line: Promotion) -> PromotionResult:
@@ -277,7 +283,7 @@ def _confirm(settings: Settings, engine: Engine, line: Promotion) -> PromotionRe
             f"(production: {line.previous or 'none'})."
         )
     confirmed = answer.kind == "serves"
-    _record(engine, line, "confirmed" if confirmed else "moved", answer.text)
+    _stands(engine, line, "confirmed" if confirmed else "moved", answer.text)
     return PromotionResult(
         line.forecaster, line.version, line.previous, answer.text, confirmed, line.id
     )
@@ -286,9 +292,13 @@ def _confirm(settings: Settings, engine: Engine, line: Promotion) -> PromotionRe
 def _undo(registry: Registry, engine: Engine, line: Promotion, reason: str) -> None:
     if line.state == "undone":
         return
-    if history(engine, line.forecaster)[0].id == line.id:
-        _put_back(registry, line)
-    _record(engine, line, "undone", reason)
+    newest = history(engine, line.forecaster)[0].id == line.id
+    back_again = newest and _put_back(registry, line)
+    with engine.begin() as connection:
+        _record(connection, line, "undone", reason)
+        if back_again and _was_told(connection, line):
+            back = _event(line, line.previous, line.version, why=f"undone: {reason}")
+            events.put_once_with(connection, back, f"{line.id} undone")
 
 
 def _undo_after(error: PerennialError, registry: Registry, engine: Engine, line: Promotion) -> None:
@@ -302,15 +312,19 @@ def _undo_after(error: PerennialError, registry: Registry, engine: Engine, line:
         )
 
 
-def _put_back(registry: Registry, line: Promotion) -> None:
-    """Undo `_move`, whichever of its steps were taken, and whichever of these were already."""
+def _put_back(registry: Registry, line: Promotion) -> bool:
+    """Undo `_move`, whichever of its steps were taken, and whichever of these were already.
+
+    False where somebody else has moved `production` since, which is left as it is.
+    """
     held = registry.aliases(line.forecaster)
     if held.get(PRODUCTION) == line.version:
         _point(registry, line.forecaster, PRODUCTION, line.previous)
     elif held.get(PRODUCTION) != line.previous:
-        return  # moved by somebody else since
+        return False
     if held.get(PREVIOUS) == line.previous != line.fallback:
         _point(registry, line.forecaster, PREVIOUS, line.fallback)
+    return True
 
 
 def _point(registry: Registry, forecaster: str, alias: str, version: int | None) -> None:
@@ -340,7 +354,7 @@ def _reconcile(
             _undo(registry, engine, line, f"reconciled: {broken}")
         else:
             loads = "" if answer.kind == "serves" else " The version loads."
-            _record(engine, line, "confirmed", f"reconciled: {answer.text}{loads}")
+            _stands(engine, line, "confirmed", f"reconciled: {answer.text}{loads}")
     return [_line(engine, line.id) for line in lines]
 
 
@@ -468,14 +482,45 @@ def _denied(settings: Settings, url: str, status: int) -> str:
 # the ledger -------------------------------------------------------------------------------------
 
 
-def _record(engine: Engine, line: Promotion, state: str, served: str) -> None:
+def _record(connection: Connection, line: Promotion, state: str, served: str) -> None:
+    connection.execute(
+        update(promotions)
+        .where(promotions.c.id == line.id)
+        .values(state=state, served=served[:200], updated_at=now())
+    )
+    _audit(connection, line, state, served)
+
+
+def _stands(engine: Engine, line: Promotion, state: str, served: str) -> None:
+    """Record that a promotion stands and, in the same transaction, the event that tells it."""
     with engine.begin() as connection:
-        connection.execute(
-            update(promotions)
-            .where(promotions.c.id == line.id)
-            .values(state=state, served=served[:200], updated_at=now())
+        _record(connection, line, state, served)
+        told = _event(line, line.version, line.previous, why=line.why, served=served)
+        events.put_once_with(connection, told, line.id)
+
+
+def _event(
+    line: Promotion, version: int | None, before: int | None, why: str, served: str = ""
+) -> ModelPromoted | ModelRolledBack:
+    """`version` took the place of `before`; versions grow, so the later one is the newer one."""
+    if before is not None and (version is None or version < before):
+        return ModelRolledBack(
+            forecaster=line.forecaster, version=version, rolled_back=before, who=line.who, why=why
         )
-        _audit(connection, line, state, served)
+    assert version is not None  # one of the two is there
+    return ModelPromoted(
+        forecaster=line.forecaster,
+        version=version,
+        previous=before,
+        who=line.who,
+        why=why,
+        served=served,
+    )
+
+
+def _was_told(connection: Connection, line: Promotion) -> bool:
+    kinds = (ModelPromoted, ModelRolledBack)
+    return any(events.was_put(connection, kind, line.id) for kind in kinds)
 
 
 def _audit(connection: Connection, line: Promotion, state: str, served: str) -> None:

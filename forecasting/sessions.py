@@ -4,14 +4,18 @@ Closures, special ones (storms, funerals) included, come from the package `holid
 purpose (no pandas): the web workers use it for target dates.
 """
 
-from datetime import date
+from datetime import date, datetime, timedelta
 from functools import cache
+from zoneinfo import ZoneInfo
 
 import holidays
 import numpy as np
 from numpy.typing import NDArray
 
 EXCHANGE = "NYSE"
+HERE = ZoneInfo("America/New_York")
+ROW_HOUR = 18
+"""Of the exchange's clock; from then on the day's row is due."""
 _FIRST_YEAR, _LAST_YEAR = 1985, 2050
 
 
@@ -51,3 +55,17 @@ def count_sessions(first: date, last: date) -> int:
             np.datetime64(first) + one, np.datetime64(last) + one, busdaycal=_calendar()
         )
     )
+
+
+def exchange_day(moment: datetime) -> date:
+    """The date in New York at a moment, which is timezone-aware."""
+    return moment.astimezone(HERE).date()
+
+
+def last_due(moment: datetime) -> date:
+    """The newest session whose row is due at a moment, which is timezone-aware."""
+    day, hour = exchange_day(moment), moment.astimezone(HERE).hour
+    newest = day if hour >= ROW_HOUR else day - timedelta(days=1)
+    rolled = np.busday_offset(np.datetime64(newest), 0, "preceding", busdaycal=_calendar())
+    found: date = rolled.astype(object)
+    return found

@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from forecasting.errors import ConfigError
 
 PREFIX = "PERENNIAL_"
+Clock = Literal["wall", "market"]
 
 
 class Settings(BaseSettings):
@@ -143,6 +144,32 @@ class Settings(BaseSettings):
     )
     retrain_cooldown_days: int = Field(
         20, ge=0, description="Trading days during which a symbol is not retrained again."
+    )
+    retrain_budget_runs: int = Field(
+        5, ge=0, description="Most retrains of all symbols that start in a week; 0: no limit."
+    )
+    retrain_budget_cpu_minutes: float = Field(
+        120.0,
+        ge=0,
+        description="CPU time of retrains in a week after which none starts; 0: no limit.",
+    )
+    clock: Clock = Field(
+        "wall",
+        description="What cooldown and budget count: days on the `wall`, or `market` days of "
+        "`as_of`, for history.",
+    )
+    # notification -----------------------------------------------------------------------------
+    notify_url: SecretStr = Field(
+        SecretStr(""),
+        description="Webhook that automations tell what a person should see; empty: none.",
+    )
+    notify_silence_hours: float = Field(
+        100.0,
+        gt=0,
+        description="Hours without a completed `monitor` that are told; a long weekend has 96.",
+    )
+    notify_failures: int = Field(
+        3, ge=1, description="Runs of one deployment that fail in a day until it is told."
     )
     # repair -----------------------------------------------------------------------------------
     retrain_search: Literal["if-needed", "always", "never"] = Field(

@@ -146,6 +146,16 @@ checks = Table(
     Column("created_at", DateTime(timezone=True), nullable=False),
 )
 
+market_days = Table(
+    "market_days",
+    metadata,
+    Column("symbol", String(32), primary_key=True),
+    Column("day", Date, primary_key=True, comment="session whose daily round is done"),
+    Column("prices_md5", String(64), nullable=False, comment="dataset of the round"),
+    Column("flow_run_id", String(36), nullable=False),
+    Column("done_at", DateTime(timezone=True), nullable=False),
+)
+
 scores = Table(
     "scores",
     metadata,

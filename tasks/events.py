@@ -1,5 +1,8 @@
 """Posting events to Prefect, with proof of delivery."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import httpx
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -22,6 +25,27 @@ def deliver_events(settings: Settings) -> int:
     delivered = deliver(settings)
     get_run_logger().info("%d event(s) delivered", delivered)
     return delivered
+
+
+@contextmanager
+def telling(settings: Settings) -> Iterator[None]:
+    """Deliver what waits in the outbox when a flow ends, well or badly (not when it is stopped).
+
+    Use it inside a flow. A failed delivery fails no flow: its events wait for the next one or for
+    `serving drain`.
+    """
+    try:
+        yield
+    except Exception:
+        _tell(settings)
+        raise
+    _tell(settings)
+
+
+def _tell(settings: Settings) -> None:
+    state = deliver_events(settings, return_state=True)
+    if state.is_failed():
+        get_run_logger().warning("events wait in the outbox: %s", state.message)
 
 
 def deliver(settings: Settings) -> int:

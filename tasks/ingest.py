@@ -14,7 +14,7 @@ from prefect.tasks import exponential_backoff
 from forecasting import datasets
 from forecasting.datasets import DatasetVersion
 from forecasting.errors import BadPricesError, DatasetError, SourceError
-from forecasting.events import DataRejected, put_once
+from forecasting.events import DataRejected, DataUpdated, put_once
 from forecasting.prices import Frame, visible_factors
 from forecasting.settings import Settings
 from forecasting.store import engine_of
@@ -54,6 +54,16 @@ def ingest_prices(settings: Settings, symbols: Sequence[str], as_of: date) -> Da
         show_data(settings, version, symbols)
         get_run_logger().info(headline(version))
     return version
+
+
+def tell_update(settings: Settings, version: DatasetVersion, symbols: Sequence[str]) -> None:
+    """Put the event of a dataset version into the outbox, once: a repeated ingest tells no more.
+
+    It goes by the version and not by who made it, so that one whose ingest was killed is told too.
+    """
+    told = DataUpdated(symbols=tuple(symbols), as_of=version.as_of, dataset_md5=version.md5)
+    with engine_of(settings.sql_url) as engine:
+        put_once(engine, told, same=f"{version.md5} {','.join(sorted(set(symbols)))}")
 
 
 def show_data(settings: Settings, version: DatasetVersion, symbols: Sequence[str]) -> None:

@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from pydantic import SecretStr
 
 from deployments.stack import PREFECT_FILE
+from forecasting.events import Event
 from forecasting.settings import PREFIX, Settings
 from serving.app import HANDLERS
 
@@ -93,6 +95,14 @@ def test_a_document_names_no_make_target_that_there_is_not(document):
 def test_readme_names_every_deployment():
     assert len(DEPLOYMENTS) > 3
     assert missing(DEPLOYMENTS, r"`(?:\w+/)?{}`") == []
+
+
+def test_readme_tells_the_payload_of_every_event():
+    assert len(get_args(Event)) > 5
+    text = README.read_text()
+    for event in get_args(Event):
+        fields = " ".join(f"`{name}`" for name in event.__struct_fields__ if name != "schema")
+        assert f"| `{event.name}` | {fields} |" in text
 
 
 def test_readme_names_every_room():

@@ -21,8 +21,9 @@ QUICK = {
     "PERENNIAL_EPOCHS": "4",
     "PERENNIAL_FIT_EPOCHS": "10",
     "PERENNIAL_POLL_SECONDS": "0.2",
+    "PERENNIAL_CLOCK": "market",
 }
-"""A small search; the gate's settings are the usual ones."""
+"""A small search, and days of history; the gate's settings are the usual ones."""
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ import httpx
 import pytest
 from sqlalchemy import select
 
-from deployments.automations import automations
+from deployments.automations import Targets, automations
 from deployments.prefect_api import PrefectApi, Run
 from deployments.stack import PREFECT_FILE, Stack
 from forecasting import costs, datasets, promotion
 from forecasting.contract import read_contract
 from forecasting.events import DriftDetected
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
-from forecasting.settings import Settings
+from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of, predictions, retrains
 from tests.clients import asking
 from tests.e2e.conftest import Up
@@ -72,8 +72,9 @@ def test_nothing_is_served_before_the_first_model(stack: Stack) -> None:
 
 
 def test_the_automations_are_applied_once_however_often(stack: Stack, api: PrefectApi) -> None:
-    assert stack.run("deployments.automations").count("updated: ") == 2
-    wanted = sorted(each.name for each in automations(api_id(api, "retrain/retrain")))
+    assert stack.run("deployments.automations").count("updated: ") == 3
+    targets = Targets(api_id(api, "retrain/retrain"), api_id(api, "daily/daily"))
+    wanted = sorted(each.name for each in automations(targets, None, load_settings()))
     found = httpx.post(f"{stack.prefect_url}/api/automations/filter", json={}).json()
     assert sorted(each["name"] for each in found) == wanted
 

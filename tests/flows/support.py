@@ -32,8 +32,10 @@ QUICK = {
     "concurrency": 1,
     "server_url": "",
     "confirm_seconds": 0,
+    "clock": "market",
+    "retrain_budget_runs": 0,
 }
-"""A search and a fit that are real but short, and no server to wait for."""
+"""A search and a fit that are real but short, no server to wait for, and days of history."""
 
 
 @contextmanager

@@ -2,32 +2,74 @@
 
 import importlib
 import inspect
+import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 import yaml
 from prefect import Flow, flow, tags
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.actions import ChangeFlowRunState, RunDeployment
 from prefect.events.filters import EventFilter, EventNameFilter, EventResourceFilter
 from prefect.events.schemas.automations import Automation
 from prefect.events.schemas.events import Event
+from prefect.exceptions import ObjectNotFound
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.states import Crashed
 
-from deployments.automations import HEARTBEAT_SECONDS, TAG, apply, automations
+from deployments.automations import (
+    HEARTBEAT_SECONDS,
+    RETIRED,
+    TAG,
+    WEBHOOK_BLOCK,
+    Targets,
+    apply,
+    automations,
+)
 from deployments.stack import POOL, PREFECT_FILE
+from flows.daily import daily
 from flows.retrain import retrain
+from forecasting import events
 from forecasting.errors import ServiceError
-from forecasting.events import DriftDetected
+from forecasting.events import (
+    DataFaulty,
+    DataUpdated,
+    DriftDetected,
+    ModelRolledBack,
+    ModelUnservable,
+    PerformanceDegraded,
+)
+from forecasting.settings import Settings, load_settings
+from forecasting.store import engine_of, retrains
+from tasks.events import deliver
+from tests.flows.support import configured, rows_of
+from tests.serving.running import until
 
 FILE = yaml.safe_load(PREFECT_FILE.read_text())
 DEPLOYMENTS = FILE["deployments"]
-DRIFT, CRASHED = [each.name for each in automations(uuid4())]
+
+
+def plan(**changes: object) -> list[str]:
+    """Names of what there should be."""
+    settings = load_settings(**changes)
+    webhook = uuid4() if settings.notify_url.get_secret_value() else None
+    return [each.name for each in automations(Targets(uuid4(), uuid4()), webhook, settings)]
+
+
+RETRAIN, CHAIN, CRASHED = plan()
+TOLD = plan(notify_url="http://somewhere")[3:]
 
 
 @pytest.fixture
@@ -40,20 +82,24 @@ def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
 
 
 @pytest.fixture
-def deployment(client: SyncPrefectClient) -> UUID:
-    """The deployment `retrain/retrain`."""
-    return client.create_deployment(client.create_flow(retrain), "retrain")
+def targets(client: SyncPrefectClient) -> Targets:
+    """The deployments `retrain/retrain` and `daily/daily`."""
+    return Targets(
+        client.create_deployment(client.create_flow(retrain), "retrain"),
+        client.create_deployment(client.create_flow(daily), "daily"),
+    )
 
 
 def forget(client: SyncPrefectClient) -> None:
-    for each in ours(client):
+    for each in client.read_automations():
         client.delete_automation(each.id)
     for found in client.read_deployments():
         client.delete_deployment(found.id)
 
 
 def ours(client: SyncPrefectClient) -> list[Automation]:
-    return [each for name in (DRIFT, CRASHED) for each in client.read_automations_by_name(name)]
+    names = (RETRAIN, CHAIN, CRASHED, *TOLD, *RETIRED)
+    return [each for name in names for each in client.read_automations_by_name(name)]
 
 
 def without_id(found: Automation) -> dict[str, object]:
@@ -62,70 +108,105 @@ def without_id(found: Automation) -> dict[str, object]:
 
 def test_without_deployments_it_says_what_to_do_first(client: SyncPrefectClient) -> None:
     with pytest.raises(ServiceError, match=r"retrain/retrain is missing\. Run `prefect deploy"):
-        apply(client)
+        apply(client, load_settings())
     assert ours(client) == []
 
 
-def test_applied_twice_there_are_two(client: SyncPrefectClient, deployment: UUID) -> None:
-    assert apply(client) == [f"created: {DRIFT}", f"created: {CRASHED}"]
-    first = ours(client)
-    assert apply(client) == [f"updated: {DRIFT}", f"updated: {CRASHED}"]
-    again = ours(client)
-    assert [each.id for each in again] == [each.id for each in first]
-    assert [without_id(each) for each in again] == [without_id(each) for each in first]
-    assert [each.name for each in again] == [DRIFT, CRASHED]
-    assert all(each.enabled for each in again)
+def test_applied_twice_there_is_one_of_each(client: SyncPrefectClient, targets: Targets) -> None:
+    for settings, names in (
+        (load_settings(), [RETRAIN, CHAIN, CRASHED]),
+        (load_settings(notify_url="http://127.0.0.1:9/"), [RETRAIN, CHAIN, CRASHED, *TOLD]),
+    ):
+        apply(client, settings)
+        first = ours(client)
+        assert apply(client, settings) == [f"updated: {name}" for name in names]
+        again = ours(client)
+        assert [each.id for each in again] == [each.id for each in first]
+        assert [without_id(each) for each in again] == [without_id(each) for each in first]
+        assert [each.name for each in again] == names
+        assert all(each.enabled for each in again)
 
 
-def test_a_changed_one_is_put_back(client: SyncPrefectClient, deployment: UUID) -> None:
-    apply(client)
+def test_without_an_address_nothing_tells_and_nothing_is_left(
+    client: SyncPrefectClient, targets: Targets
+) -> None:
+    apply(client, load_settings(notify_url="http://127.0.0.1:9/hook?token=hush"))
+    document = client.read_block_document_by_name(WEBHOOK_BLOCK, "webhook", include_secrets=False)
+    assert "hush" not in document.model_dump_json(), "shown to nobody in the UI"
+    done = apply(client, load_settings())
+    assert sorted(done[3:]) == sorted(f"removed: {name}" for name in TOLD)
+    assert [each.name for each in ours(client)] == [RETRAIN, CHAIN, CRASHED]
+    with pytest.raises(ObjectNotFound):
+        client.read_block_document_by_name(WEBHOOK_BLOCK, "webhook")
+
+
+def test_one_of_an_earlier_version_is_removed_and_one_of_somebody_else_is_not(
+    client: SyncPrefectClient, targets: Targets
+) -> None:
+    for name in (*RETIRED, "perennial: my own"):
+        made = automations(targets, None, load_settings())[0]
+        client.create_automation(made.model_copy(update={"name": name}))
+    assert f"removed: {RETIRED[0]}" in apply(client, load_settings())
+    assert [each.name for each in ours(client)] == [RETRAIN, CHAIN, CRASHED]
+    assert len(client.read_automations_by_name("perennial: my own")) == 1
+
+
+def test_a_changed_one_is_put_back(client: SyncPrefectClient, targets: Targets) -> None:
+    apply(client, load_settings())
     before = ours(client)
-    other = automations(uuid4())[1]
+    other = automations(Targets(uuid4(), uuid4()), None, load_settings())[2]
     other.trigger.within *= 2
     for each in before:
         changed = other.model_copy(update={"name": each.name, "description": "by hand"})
         client.update_automation(each.id, changed)
     assert [without_id(each) for each in ours(client)] != [without_id(each) for each in before]
-    apply(client)
+    apply(client, load_settings())
     assert [without_id(each) for each in ours(client)] == [without_id(each) for each in before]
 
 
 def test_one_that_was_switched_off_by_hand_stays_off(
-    client: SyncPrefectClient, deployment: UUID
+    client: SyncPrefectClient, targets: Targets
 ) -> None:
-    apply(client)
+    apply(client, load_settings())
     client.pause_automation(ours(client)[0].id)
-    apply(client)
-    assert [each.enabled for each in ours(client)] == [False, True]
+    apply(client, load_settings())
+    assert [each.enabled for each in ours(client)] == [False, True, True]
 
 
-def test_duplicates_are_removed(client: SyncPrefectClient, deployment: UUID) -> None:
+def test_duplicates_are_removed(client: SyncPrefectClient, targets: Targets) -> None:
     for _ in range(2):
-        for each in automations(deployment):
+        for each in automations(targets, None, load_settings()):
             client.create_automation(each)
-    assert len(ours(client)) == 4
-    apply(client)
-    assert [each.name for each in ours(client)] == [DRIFT, CRASHED]
+    assert len(ours(client)) == 6
+    apply(client, load_settings())
+    assert [each.name for each in ours(client)] == [RETRAIN, CHAIN, CRASHED]
 
 
-def test_drift_runs_the_deployment_with_parameters_it_has(
-    client: SyncPrefectClient, deployment: UUID
+@pytest.mark.parametrize(
+    ("position", "started", "kinds"),
+    [(0, retrain, (DriftDetected, PerformanceDegraded)), (1, daily, (DataUpdated,))],
+)
+def test_a_deployment_is_run_with_parameters_it_has_from_what_the_event_says(
+    client: SyncPrefectClient,
+    targets: Targets,
+    position: int,
+    started: Flow[Any, Any],
+    kinds: tuple[type[events.Event], ...],
 ) -> None:
-    apply(client)
-    (action,) = ours(client)[0].actions
+    apply(client, load_settings())
+    (action,) = ours(client)[position].actions
     assert isinstance(action, RunDeployment)
-    assert action.deployment_id == deployment
-    assert set(action.parameters) == {"symbol", "as_of", "trigger"}
-    assert set(action.parameters) <= set(inspect.signature(retrain.fn).parameters)
-    payload = set(DriftDetected.__struct_fields__)
-    assert {"symbol", "as_of"} <= payload
-    assert action.parameters["symbol"] == "{{ event.payload.symbol }}"
-    assert action.parameters["as_of"] == "{{ event.payload.as_of }}"
+    assert action.deployment_id == (targets.retrain, targets.daily)[position]
+    assert set(action.parameters) <= set(inspect.signature(started.fn).parameters)
+    for name, template in action.parameters.items():
+        if name != "trigger":
+            assert template == f"{{{{ event.payload.{name} }}}}"
+            assert all(name in kind.__struct_fields__ for kind in kinds)
 
 
-def test_lost_runs_become_crashed(client: SyncPrefectClient, deployment: UUID) -> None:
-    apply(client)
-    (action,) = ours(client)[1].actions
+def test_lost_runs_become_crashed(client: SyncPrefectClient, targets: Targets) -> None:
+    apply(client, load_settings())
+    (action,) = ours(client)[2].actions
     assert isinstance(action, ChangeFlowRunState)
     assert action.state == StateType.CRASHED
 
@@ -141,10 +222,10 @@ def received(event: Event) -> ReceivedEvent:
 
 
 def test_every_symbols_drift_and_nothing_else_starts_a_retrain(
-    client: SyncPrefectClient, deployment: UUID
+    client: SyncPrefectClient, targets: Targets
 ) -> None:
-    apply(client)
-    trigger = trigger_of(client, DRIFT)
+    apply(client, load_settings())
+    trigger = trigger_of(client, RETRAIN)
     drift = DriftDetected(
         symbol="BRK.B",
         as_of=date(2008, 1, 2),
@@ -188,8 +269,8 @@ def last_event(client: SyncPrefectClient, name: str, run_id: UUID, seconds: floa
     raise AssertionError(f"no event {name} of flow run {run_id} in {seconds} s")
 
 
-def test_only_runs_with_our_tag_are_judged(client: SyncPrefectClient, deployment: UUID) -> None:
-    apply(client)
+def test_only_runs_with_our_tag_are_judged(client: SyncPrefectClient, targets: Targets) -> None:
+    apply(client, load_settings())
     trigger = trigger_of(client, CRASHED)
     runs = {}
     for tag in (TAG, "perennial-but-not-ours"):
@@ -208,7 +289,7 @@ def test_every_deployment_carries_the_tag_and_the_pool() -> None:
 
 
 def test_runs_send_heartbeats_well_within_the_automations_window() -> None:
-    _, crashed = automations(uuid4())
+    crashed = automations(Targets(uuid4(), uuid4()), None, load_settings())[2]
     window = crashed.trigger.within.total_seconds()
     assert window == HEARTBEAT_SECONDS
     for each in DEPLOYMENTS:
@@ -238,3 +319,171 @@ def test_schedules_wait_until_they_are_switched_on() -> None:
     schedules = [each for found in DEPLOYMENTS for each in found.get("schedules", [])]
     assert schedules
     assert not any(each["active"] for each in schedules)
+
+
+# what the server does ----------------------------------------------------------------------------
+
+
+def put_all(settings: Settings, told: list[events.Event]) -> None:
+    """Events into the outbox, and from there to Prefect."""
+    with engine_of(settings.sql_url) as engine:
+        for event in told:
+            events.put(engine, event)
+    assert deliver(settings) == len(told)
+
+
+def drift(day: date = date(2008, 10, 24)) -> DriftDetected:
+    return DriftDetected(
+        symbol="GOOG",
+        as_of=day,
+        forecaster="perennial-goog",
+        version=1,
+        share=0.75,
+        threshold=0.5,
+        features=("log_range",),
+        dataset_md5="d" * 32,
+    )
+
+
+def degraded() -> PerformanceDegraded:
+    return PerformanceDegraded(
+        symbol="GOOG",
+        as_of=date(2008, 10, 24),
+        forecaster="perennial-goog",
+        version=1,
+        against="random walk",
+        since=date(2008, 9, 2),
+        days=38,
+        crps_bp=300.0,
+        against_crps_bp=200.0,
+        evidence=120.0,
+    )
+
+
+def runs_of(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
+    wanted = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
+    return client.read_flow_runs(deployment_filter=wanted, limit=200)
+
+
+def test_events_start_runs_with_typed_parameters(
+    client: SyncPrefectClient, targets: Targets, settings: Settings
+) -> None:
+    apply(client, load_settings())
+    day = date(2008, 10, 24)
+    new = DataUpdated(symbols=("GOOG", "IBM"), as_of=day, dataset_md5="d" * 32)
+    put_all(settings, [degraded(), new])
+    (retrained,) = until(lambda: runs_of(client, targets.retrain), "a retrain")
+    assert (retrained.parameters["symbol"], retrained.parameters["as_of"]) == ("GOOG", str(day))
+    (round_,) = until(lambda: runs_of(client, targets.daily), "a daily round")
+    assert round_.parameters == {"symbols": ["GOOG", "IBM"], "as_of": str(day)}
+
+
+STORM = 20
+
+
+def test_of_twenty_drift_events_at_once_one_trains(
+    client: SyncPrefectClient, targets: Targets, tmp_path: Path
+) -> None:
+    """A run for each; the ledger lets one train and keeps why the others did not."""
+    apply(client, load_settings())
+    with configured(tmp_path / "home") as settings:
+        put_all(settings, [drift() for _ in range(STORM)])
+        asked = until(
+            lambda: (found := runs_of(client, targets.retrain))[STORM - 1 :] and found,
+            f"{STORM} runs",
+            60,
+        )
+        assert len({run.parameters["trigger"] for run in asked}) == len(asked) == STORM
+        given = [run.parameters | {"as_of": date(2006, 12, 29)} for run in asked]  # short history
+        with ThreadPoolExecutor(STORM) as threads:
+            results = list(threads.map(lambda parameters: retrain(**parameters), given))
+        lines = rows_of(settings, retrains)
+    outcomes = sorted(result.outcome for result in results)
+    assert outcomes == ["promoted"] + ["skipped"] * (STORM - 1)
+    assert sorted(line["state"] for line in lines) == outcomes
+    assert {line["trigger"] for line in lines} == {run.parameters["trigger"] for run in asked}
+    skipped = [line["reason"] for line in lines if line["state"] == "skipped"]
+    assert all("one at a time" in reason or "the cooldown is 20" in reason for reason in skipped)
+    (trained,) = [line for line in lines if line["state"] == "promoted"]
+    assert trained["cpu_seconds"] > 1
+
+
+@dataclass
+class Receiver:
+    """Somebody's webhook: what was sent to it."""
+
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    types: set[str | None] = field(default_factory=set)
+
+    def await_all(self, names: set[str], seconds: float = 60) -> None:
+        """Return once each of the automations has told something."""
+        deadline = time.monotonic() + seconds
+        while missing := names - {each["automation"] for each in self.messages}:
+            assert time.monotonic() < deadline, f"not told: {sorted(missing)}"
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def receiver() -> Iterator[tuple[Receiver, str]]:
+    """A real HTTP server, and its address."""
+    made = Receiver()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            made.types.add(self.headers["Content-Type"])
+            made.messages.append(json.loads(body))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    yield made, f"http://127.0.0.1:{server.server_port}/hook"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@flow(name="fails")
+def fails() -> None:
+    """A flow that fails at once."""
+    raise ValueError("no disk")
+
+
+def test_a_person_is_told_through_the_webhook(
+    client: SyncPrefectClient,
+    targets: Targets,
+    settings: Settings,
+    receiver: tuple[Receiver, str],
+) -> None:
+    made, url = receiver
+    hours = 11 / 3600  # Prefect takes no less than ten seconds
+    apply(client, load_settings(notify_url=url, notify_silence_hours=hours, notify_failures=2))
+    faulty = DataFaulty(
+        symbol="GOOG", as_of=date(2008, 10, 24), faults=('stale: "none" came',), dataset_md5="d"
+    )
+    broken = ModelUnservable(forecaster="perennial-goog", version=2, reason="no", where="sync")
+    back = ModelRolledBack(
+        forecaster="perennial-goog", version=1, rolled_back=2, who="me", why="worse"
+    )
+    put_all(settings, [faulty, broken, back, degraded()])
+    with tags(TAG):
+        for _ in range(2):
+            fails(return_state=True)
+        lost = watched(return_state=True).state_details.flow_run_id
+    client.set_flow_run_state(lost, Crashed(message="gone"), force=True)
+    made.await_all(set(TOLD))
+    assert made.types == {"application/json"}
+    by_name = {each["automation"]: each for each in made.messages}
+    stale = by_name["perennial: tell that prices are stale, faulty or refused"]
+    assert stale["event"] == "perennial.data.faulty"
+    assert stale["payload"]["faults"] == ['stale: "none" came']
+    assert stale["text"].endswith(": perennial.symbol.GOOG")
+    crash = by_name["perennial: tell that a run has crashed"]
+    assert crash["resource"] == f"prefect.flow-run.{lost}"
+    silent = by_name["perennial: tell that no monitor has completed"]
+    assert silent["text"].startswith("perennial: tell that no monitor has completed")

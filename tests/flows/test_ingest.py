@@ -10,8 +10,10 @@ from prefect.client.schemas.sorting import ArtifactSort
 from flows.ingest import IngestResult, ingest, today_or
 from forecasting import datasets
 from forecasting.errors import BadPricesError, SourceError
+from forecasting.events import DataUpdated
+from forecasting.sessions import exchange_day
 from forecasting.settings import load_settings
-from forecasting.store import outbox
+from forecasting.store import now, outbox
 from tests import series
 from tests.flows.support import rows_of
 
@@ -50,6 +52,11 @@ def test_a_second_ingest_finds_nothing_new(prefect_server, home):
     assert first.symbols == ["GOOG"]
     assert not again.changed
     assert (again.md5, again.rev) == (first.md5, first.rev)
+    (told,) = rows_of(home, outbox)
+    assert (told["name"], told["resource"]) == ("perennial.data.updated", "perennial.dataset")
+    expected = {"symbols": ["GOOG"], "as_of": DAY.isoformat(), "dataset_md5": first.md5}
+    assert told["payload"] == {"schema": 1} | expected
+    assert told["delivered_at"] is not None
 
 
 def test_an_unknown_symbol_fails_at_once(prefect_server, home):
@@ -74,7 +81,7 @@ def test_refused_prices_are_told_once_and_reach_prefect(
             ingest(symbols=["TEST"], as_of=day)
     settings = load_settings()
     assert datasets.current(settings).md5 == kept.md5
-    (row,) = rows_of(settings, outbox)
+    (row,) = [each for each in rows_of(settings, outbox) if each["name"] != DataUpdated.name]
     assert (row["name"], row["resource"]) == ("perennial.data.rejected", "perennial.dataset")
     assert row["delivered_at"] is not None
     assert (row["payload"]["symbols"], row["payload"]["as_of"]) == (["TEST"], day.isoformat())
@@ -90,4 +97,4 @@ def test_parameters_are_typed_for_the_ui():
 
 def test_today_is_the_default():
     assert today_or(DAY) == DAY
-    assert today_or(None) == date.today()
+    assert today_or(None) == exchange_day(now())

@@ -14,7 +14,7 @@ from flows.train import TrainResult
 from forecasting.errors import HistoryError, ServiceError
 from forecasting.registry import PRODUCTION, open_registry
 from forecasting.settings import Settings
-from forecasting.store import gate_looks, retrains
+from forecasting.store import gate_looks, outbox, retrains
 from tests.flows.support import all_runs, children, client_of, configured, rows_of, task_states
 
 NAME = "perennial-goog"
@@ -56,6 +56,10 @@ def test_a_retrain_trains_and_is_written_down(settings, promoted):
     assert tags["trigger"] == f"retrain: {EVENT}"
     assert line["flow_run_id"] == tags["flow_run_id"]
     assert task_states(line["flow_run_id"])["promote"] == "Completed"
+    assert line["cpu_seconds"] > 1
+    (event,) = rows_of(settings, outbox)
+    assert (event["name"], event["payload"]["version"]) == ("perennial.model.promoted", 1)
+    assert event["delivered_at"] is not None
 
 
 @pytest.mark.parametrize("trigger", [EVENT, "another event"])

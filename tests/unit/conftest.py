@@ -7,11 +7,17 @@ from tests.postgres import postgres_schema
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
-def engine(request, tmp_path):
-    """All tables, empty, in SQLite and in PostgreSQL."""
+def url(request, tmp_path):
+    """Where the tables are, in SQLite and in PostgreSQL."""
     if request.param == "sqlite":
-        with engine_of(f"sqlite:///{tmp_path / 'tables.db'}") as opened:
-            yield opened
+        yield f"sqlite:///{tmp_path / 'tables.db'}"
         return
-    with postgres_schema() as url, engine_of(url) as opened:
+    with postgres_schema() as address:
+        yield address
+
+
+@pytest.fixture
+def engine(url):
+    """All tables, empty."""
+    with engine_of(url) as opened:
         yield opened

@@ -58,7 +58,11 @@ def test_a_change_that_fails_leaves_no_line(engine):
 
 
 def test_every_request_for_a_retrain_is_in_it_with_its_end(engine):
-    asked = {"symbol": "GOOG", "as_of": date(2008, 10, 10), "cooldown_days": 5}
+    asked = {
+        "symbol": "GOOG",
+        "as_of": date(2008, 10, 10),
+        "limits": ledger.Limits(cooldown_days=5),
+    }
     first = ledger.claim(engine, trigger="drift 1", flow_run_id="a", **asked)
     ledger.claim(engine, trigger="drift 2", flow_run_id="b", **asked)
     ledger.close(engine, first.id, "promoted", "better")
@@ -68,7 +72,7 @@ def test_every_request_for_a_retrain_is_in_it_with_its_end(engine):
         ("skip", "drift 2", None),
         ("retrain", "drift 1", "promoted"),
     ]
-    assert "cooldown" in list(audit.read(engine))[1].reason
+    assert "one at a time" in list(audit.read(engine))[1].reason
 
 
 def test_many_at_once_are_as_many_lines_in_ledger_and_audit(engine):
@@ -79,7 +83,7 @@ def test_many_at_once_are_as_many_lines_in_ledger_and_audit(engine):
             as_of=date(2008, 10, 10),
             trigger=f"drift {number}",
             flow_run_id=str(number),
-            cooldown_days=5,
+            limits=ledger.Limits(cooldown_days=5),
         )
 
     with ThreadPoolExecutor(8) as pool:

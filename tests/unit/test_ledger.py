@@ -1,23 +1,70 @@
-"""The retrain ledger: cooldown between two retrains, and requests that come at once."""
+"""The retrain ledger: cooldown, budget, one at a time, and requests that come at once."""
 
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 from datetime import date, timedelta
-from threading import Barrier
+from itertools import count
 
 import pytest
 from sqlalchemy import Engine, select, update
 
 from forecasting import ledger
-from forecasting.ledger import Entry
+from forecasting.ledger import WEEK, Entry, Limits
+from forecasting.sessions import sessions_after
 from forecasting.store import now, retrains
 
 DAY = date(2008, 10, 10)  # a Friday
-AT_ONCE = 8
+AT_ONCE = 20
+RUNS = count()
+
+ASK = """
+import sys
+from datetime import date
+from forecasting import ledger
+from forecasting.ledger import Limits
+from forecasting.store import engine_of
+
+with engine_of(sys.argv[1]) as engine:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    limits = Limits(cooldown_days=5, runs=5, clock="market")
+    entry = ledger.claim(
+        engine,
+        symbol="GOOG",
+        as_of=date(2008, 10, 10),
+        trigger="a drift event",
+        flow_run_id=sys.argv[2],
+        limits=limits,
+    )
+    print("skipped" if entry.skipped else "running", flush=True)
+    sys.stdin.readline()
+"""
 
 
-def claim(engine: Engine, as_of: date = DAY, run: str = "run", **changes: object) -> Entry:
-    asked = {"symbol": "GOOG", "trigger": "a drift event", "cooldown_days": 5} | changes
-    return ledger.claim(engine, as_of=as_of, flow_run_id=run, **asked)
+def claim(
+    engine: Engine, as_of: date = DAY, run: str = "run", symbol: str = "GOOG", **limits: object
+) -> Entry:
+    return ledger.claim(
+        engine,
+        symbol=symbol,
+        as_of=as_of,
+        trigger="a drift event",
+        flow_run_id=run,
+        limits=Limits(**({"cooldown_days": 5, "clock": "market"} | limits)),
+    )
+
+
+def retrained(engine: Engine, as_of: date = DAY, seconds: float = 1.0, **asked: object) -> None:
+    """A retrain that was let start and ended."""
+    entry = claim(engine, as_of, f"earlier run {next(RUNS)}", **asked)
+    assert not entry.skipped, entry.reason
+    ledger.close(engine, entry.id, "unchanged", "", seconds)
+
+
+def moved_back(engine: Engine, ago: timedelta) -> None:
+    """All lines so far are as old as that."""
+    with engine.begin() as connection:
+        connection.execute(update(retrains).values(created_at=now() - ago))
 
 
 def lines(engine: Engine) -> list[tuple[str, str, str]]:
@@ -47,7 +94,7 @@ def test_the_cooldown_counts_trading_days(engine):
 
 
 def test_the_cooldown_holds_for_an_earlier_day_too(engine):
-    claim(engine)
+    retrained(engine)
     assert claim(engine, date(2008, 10, 6), "earlier").skipped
     assert not claim(engine, date(2008, 10, 3), "much earlier").skipped
 
@@ -55,14 +102,24 @@ def test_the_cooldown_holds_for_an_earlier_day_too(engine):
 @pytest.mark.parametrize("state", ledger.COUNTED)
 def test_states_that_start_a_cooldown(engine, state):
     ledger.close(engine, claim(engine).id, state, "")
-    assert claim(engine, run="next").skipped
+    assert f"was retrained ({state})" in claim(engine, run="next").reason
+
+
+def test_on_the_wall_the_cooldown_counts_sessions_since_the_claim(engine):
+    """A week has no more than five of them, and whatever the request is about does not matter."""
+    retrained(engine, clock="wall")
+    moved_back(engine, timedelta(days=7))
+    soon = claim(engine, date(1999, 1, 4), "next", clock="wall", cooldown_days=6)
+    assert soon.skipped
+    assert "GOOG was retrained (unchanged) on 2" in soon.reason
+    assert "trading days ago; the cooldown is 6" in soon.reason
+    assert not claim(engine, DAY, "later", clock="wall", cooldown_days=3).skipped
 
 
 def test_a_killed_retrain_does_not_block_its_symbol_for_ever(engine):
     lost, other = claim(engine).id, claim(engine, symbol="IBM").id
-    long_ago = now() - ledger.LOST_AFTER - timedelta(minutes=1)
-    with engine.begin() as connection:
-        connection.execute(update(retrains).values(created_at=long_ago))
+    assert claim(engine, run="too soon").skipped
+    moved_back(engine, ledger.LOST_AFTER + timedelta(minutes=1))
     assert not claim(engine, run="next").skipped
     with engine.connect() as connection:
         rows = {row.id: row for row in connection.execute(select(retrains))}
@@ -80,7 +137,7 @@ def test_a_failed_retrain_starts_no_cooldown(engine):
 
 
 def test_a_skipped_request_does_not_prolong_the_cooldown(engine):
-    claim(engine)
+    retrained(engine)
     assert claim(engine, date(2008, 10, 16), "next").skipped
     assert not claim(engine, date(2008, 10, 17), "later").skipped
 
@@ -90,32 +147,128 @@ def test_symbols_cool_on_their_own(engine):
     assert not claim(engine, run="other", symbol="IBM").skipped
 
 
-def test_the_same_run_is_granted_again(engine):
+def test_the_same_run_is_granted_again_and_its_first_line_is_closed(engine):
     claim(engine)
     assert not claim(engine).skipped
     assert claim(engine, run="another").skipped
+    again = ("GOOG", "failed", "lost: its flow run started again")
+    assert lines(engine)[:2] == [again, ("GOOG", "running", "")]
 
 
-def test_without_a_cooldown_every_request_passes(engine):
+def test_one_at_a_time_whatever_the_cooldown(engine):
     claim(engine, cooldown_days=0)
+    refused = claim(engine, date(2010, 1, 4), "next", cooldown_days=0)
+    assert refused.skipped
+    assert "A retrain of GOOG as of 2008-10-10 is running since" in refused.reason
+    assert refused.reason.endswith("UTC (flow run run); one at a time.")
+
+
+def test_without_a_cooldown_one_follows_the_other(engine):
+    retrained(engine, cooldown_days=0)
     assert not claim(engine, run="next", cooldown_days=0).skipped
 
 
-@pytest.mark.parametrize("attempt", range(3))
-def test_of_requests_at_once_one_passes(engine, attempt):
-    """Every thread has a connection of its own, as every process would."""
-    start = Barrier(AT_ONCE)
+def test_the_budget_of_runs_is_for_all_symbols_together(engine):
+    retrained(engine, symbol="GOOG", runs=2)
+    ledger.close(engine, claim(engine, run="fails", symbol="IBM").id, "failed", "no disk")
+    third = claim(engine, run="third", symbol="AAPL", runs=2)
+    assert third.reason == (
+        "2 retrains were started within a week; the budget is 2 (PERENNIAL_RETRAIN_BUDGET_RUNS)."
+    )
+    assert not claim(engine, run="fourth", symbol="AAPL", runs=3).skipped
 
-    def ask(number: int) -> Entry:
-        with engine.connect():  # its connection is open before the race
-            start.wait(30)
-        return claim(engine, run=f"run {number}")
 
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        entries = list(threads.map(ask, range(AT_ONCE)))
-    assert sum(not entry.skipped for entry in entries) == 1
-    states = sorted(state for _, state, _ in lines(engine))
-    assert states == ["running"] + ["skipped"] * (AT_ONCE - 1)
+def test_a_skipped_request_costs_no_budget(engine):
+    retrained(engine)
+    for number in range(3):
+        assert claim(engine, run=f"again {number}", runs=2).skipped
+    assert not claim(engine, run="other", symbol="IBM", runs=2).skipped
+
+
+def test_a_run_that_starts_again_is_one_of_the_budget(engine):
+    claim(engine, runs=2)
+    assert not claim(engine, runs=2).skipped
+    assert not claim(engine, run="another", symbol="IBM", runs=2).skipped
+    assert claim(engine, run="third", symbol="AAPL", runs=2).skipped
+
+
+def test_the_budget_of_cpu_minutes(engine):
+    retrained(engine, seconds=90, symbol="IBM")
+    retrained(engine, seconds=29, symbol="AAPL")
+    assert not claim(engine, run="next", symbol="MSFT", cpu_minutes=2).skipped
+    retrained(engine, seconds=1, symbol="FB")
+    refused = claim(engine, run="last", cpu_minutes=2)
+    assert refused.reason == (
+        "Retrains took 2.0 CPU minutes within a week; the budget is 2 "
+        "(PERENNIAL_RETRAIN_BUDGET_CPU_MINUTES)."
+    )
+
+
+def test_the_week_slides_with_the_market_days(engine):
+    for day in sessions_after(DAY, 3):  # Monday to Wednesday
+        retrained(engine, day, cooldown_days=0, runs=3)
+    asked = {
+        day.day: claim(engine, day, f"of {day}", "IBM", runs=3).skipped
+        for day in sessions_after(date(2008, 10, 15), 3)
+    }
+    assert asked == {16: True, 17: True, 20: False}, "a week after the first there is room again"
+
+
+def test_the_week_slides_on_the_wall(engine):
+    retrained(engine, clock="wall", runs=1)
+    moved_back(engine, WEEK - timedelta(minutes=1))
+    assert claim(engine, run="next", symbol="IBM", clock="wall", runs=1).skipped
+    moved_back(engine, WEEK + timedelta(minutes=1))
+    assert not claim(engine, run="later", symbol="IBM", clock="wall", runs=1).skipped
+
+
+@pytest.fixture
+def asking(url):
+    """Processes that have opened the database and wait for the word to ask."""
+    started = []
+
+    def start(number: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", ASK, url, f"run {number}"]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill()
+        each.communicate()
+
+
+def ask(process: subprocess.Popen[str]) -> None:
+    process.stdin.write("now\n")
+    process.stdin.flush()
+
+
+def test_of_twenty_processes_at_once_one_passes(engine, asking):
+    processes = [asking(number) for number in range(AT_ONCE)]
+    assert [each.stdout.readline() for each in processes] == ["ready\n"] * AT_ONCE
+    for each in processes:
+        ask(each)
+    answers = sorted(each.stdout.readline() for each in processes)
+    assert answers == ["running\n"] + ["skipped\n"] * (AT_ONCE - 1)
+    written = lines(engine)
+    assert sorted(state for _, state, _ in written) == ["running"] + ["skipped"] * (AT_ONCE - 1)
+    assert all("one at a time" in reason for _, state, reason in written if state == "skipped")
+
+
+def test_a_holder_that_is_killed_leaves_a_line_that_costs_budget(engine, asking):
+    holder = asking(0)
+    holder.stdout.readline()
+    ask(holder)
+    assert holder.stdout.readline() == "running\n"
+    holder.kill()
+    holder.wait()
+    assert claim(engine, run="next").skipped
+    moved_back(engine, ledger.LOST_AFTER + timedelta(minutes=1))
+    refused = claim(engine, run="later", clock="wall", runs=1)
+    assert "1 retrains were started within a week" in refused.reason
+    assert sorted(state for _, state, _ in lines(engine)) == ["failed", "skipped", "skipped"]
+    assert not claim(engine, run="last", runs=2).skipped
 
 
 def test_a_rollback_starts_a_cooldown_once(engine):

@@ -15,7 +15,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import Engine, create_engine, text
 
-from forecasting import promotion
+from forecasting import events, promotion
 from forecasting.errors import (
     ConfigError,
     ContractError,
@@ -84,6 +84,18 @@ def states(engine: Engine) -> list[tuple[int, str]]:
     return [(line.version, line.state) for line in reversed(promotion.history(engine, NAME))]
 
 
+def told(engine: Engine) -> list[tuple[str, object, object]]:
+    """Kind of each event of the outbox, the version it tells, and the one before it."""
+    return [
+        (
+            each.name.removeprefix("perennial.model."),
+            each.payload["version"],
+            each.payload.get("previous", each.payload.get("rolled_back")),
+        )
+        for each in events.pending(engine)
+    ]
+
+
 def test_a_server_confirms(
     asking: Settings, registry: Registry, engine: Engine, server: InferenceServer
 ) -> None:
@@ -103,6 +115,11 @@ def test_a_server_confirms(
     assert (newest.previous, newest.fallback, oldest.previous) == (1, None, None)
     assert newest.created_at > oldest.created_at
     assert newest.created_at.tzinfo is not None
+    assert told(engine) == [("promoted", 1, None), ("promoted", 2, 1)]
+    (_, event) = events.pending(engine)
+    assert event.resource == f"perennial.forecaster.{NAME}"
+    assert (event.payload["who"], event.payload["why"]) == ("me", "because 2")
+    assert event.payload["served"] == second.served
 
 
 def test_a_promotion_stands_where_no_server_answers(
@@ -119,6 +136,43 @@ def test_a_promotion_stands_where_no_server_answers(
     unnamed = promote(settings, registry, engine, 2)
     assert "PERENNIAL_SERVER_URL" in unnamed.served
     assert states(engine) == [(1, "confirmed"), (2, "moved")], "version 1 loads: reconciled"
+    assert told(engine) == [("promoted", 1, None), ("promoted", 2, 1)], "each once, as it stands"
+
+
+def test_an_earlier_version_in_the_place_of_a_later_one_is_told_as_rolled_back(
+    settings: Settings, registry: Registry, engine: Engine
+) -> None:
+    for version in (1, 3, 2, 3):
+        promote(settings, registry, engine, version)
+    assert told(engine) == [
+        ("promoted", 1, None),
+        ("promoted", 3, 1),
+        ("rolled-back", 2, 3),
+        ("promoted", 3, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("versions", "last"),
+    [
+        ((1,), ("rolled-back", None, 1)),
+        ((1, 2), ("rolled-back", 1, 2)),
+        ((2, 1), ("promoted", 2, 1)),
+    ],
+)
+def test_one_that_was_told_and_is_undone_is_told_again(
+    versions: tuple[int, ...],
+    last: tuple[str, int | None, int],
+    settings: Settings,
+    registry: Registry,
+    engine: Engine,
+) -> None:
+    done = [promote(settings, registry, engine, version) for version in versions]
+    for _ in range(2):
+        promotion.undo(settings, registry, engine, done[-1].promotion, "a later step failed")
+    assert len(told(engine)) == len(versions) + 1
+    assert told(engine)[-1] == last
+    assert events.pending(engine)[-1].payload["why"] == "undone: a later step failed"
 
 
 def test_a_slow_server_is_named_and_the_promotion_stands(
@@ -241,8 +295,10 @@ def test_undo_is_done_once_and_never_against_a_later_promotion(
         assert registry.aliases(NAME) == {PRODUCTION: 1}
     third = promote(settings, registry, engine, 3)
     registry.set_alias(NAME, PRODUCTION, 2)  # by hand
+    before = told(engine)
     promotion.undo(settings, registry, engine, third.promotion, "failed")
     assert registry.alias(NAME, PRODUCTION) == 2
+    assert told(engine) == before, "what is in production is not what was before"
     with pytest.raises(RegistryError, match="no promotion 'nothing'"):
         promotion.undo(settings, registry, engine, "nothing", "")
 
@@ -425,7 +481,7 @@ DIES = """
 import os, signal, sys
 from datetime import timedelta
 from pathlib import Path
-from forecasting import promotion
+from forecasting import events, promotion
 from forecasting.registry import Registry
 from forecasting.settings import load_settings
 from forecasting.signing import verify
@@ -490,7 +546,9 @@ def test_killed_between_move_and_confirm(
     lose_in_confirm(asking, server, engine)
     if served:
         server.models[NAME] = 3
+    assert told(engine) == [("promoted", 1, None)]
     (line,) = promotion.reconcile(asking, registry, engine, NAME)
+    assert told(engine)[1:] == [("promoted", 3, 1)]
     assert line.state == "confirmed"
     assert "version 3" in line.served
     assert line.served.endswith("The version loads.") != served
@@ -511,6 +569,7 @@ def test_killed_with_a_version_that_cannot_serve(
     (line,) = promotion.reconcile(asking, registry, engine, NAME)
     assert line.state == "undone"
     assert ("another output" in line.served) == (how == "refused")
+    assert told(engine) == [("promoted", 1, None)]
     assert registry.aliases(NAME) == {PRODUCTION: 1}
 
 

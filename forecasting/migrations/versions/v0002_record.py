@@ -56,6 +56,17 @@ def upgrade() -> None:
     with op.batch_alter_table("costs", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_costs_started_at"), ["started_at"], unique=False)
     op.create_table(
+        "market_days",
+        sa.Column("symbol", sa.String(length=32), nullable=False),
+        sa.Column("day", sa.Date(), nullable=False, comment="session whose daily round is done"),
+        sa.Column(
+            "prices_md5", sa.String(length=64), nullable=False, comment="dataset of the round"
+        ),
+        sa.Column("flow_run_id", sa.String(length=36), nullable=False),
+        sa.Column("done_at", sa.DateTime(timezone=True), nullable=False),
+        sa.PrimaryKeyConstraint("symbol", "day"),
+    )
+    op.create_table(
         "probations",
         sa.Column(
             "id", sa.String(length=36), nullable=False, comment="of the promotion that began it"

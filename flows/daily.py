@@ -1,0 +1,128 @@
+"""What a market day asks for, once a day and in order: ingest, monitor, forecast."""
+
+import uuid
+from collections.abc import Sequence
+from datetime import date
+
+from prefect import flow, get_run_logger
+from prefect.runtime import flow_run
+from pydantic import BaseModel
+from sqlalchemy import Engine
+
+from flows.forecast import forecast
+from flows.monitor import monitor
+from forecasting import market_days
+from forecasting.assignment import in_production
+from forecasting.errors import DataError, HistoryError
+from forecasting.registry import open_registry
+from forecasting.sessions import last_due
+from forecasting.settings import Settings, load_settings
+from forecasting.store import engine_of, now
+from tasks.events import telling
+from tasks.ingest import ingest_prices
+from tasks.monitor import last_known
+
+
+class DailyResult(BaseModel):
+    """What a round came to.
+
+    `done` are the sessions that are done now and were not before, oldest first; `waiting` are
+    symbols whose prices of the newest session are not there yet, to be asked for again; `notes`
+    say what was left out and why.
+    """
+
+    until: date
+    done: list[date] = []
+    waiting: list[str] = []
+    notes: list[str] = []
+
+
+@flow(name="daily")
+def daily(
+    symbols: list[str] = ["GOOG"],  # noqa: B006  (Prefect shows it as the default; never changed)
+    as_of: date | None = None,
+) -> DailyResult:
+    """Ingest, monitor and forecast each market day that was not done yet, oldest first.
+
+    Run on a day without trading, or twice, it finds nothing to do. Days that were missed are made
+    up for, each as of itself. A day is done when all of its steps are: a killed round takes up the
+    day that it was in, whose steps may be repeated. A symbol's first round is its newest session.
+
+    Args:
+        symbols: tickers of the source.
+        as_of: the last day of the round, at most the newest session whose prices are due.
+
+    Raises:
+        BadPricesError: prices break the rules; that day and those after it stay to be done.
+    """
+    settings = load_settings()
+    until = min(as_of or date.max, last_due(now()))
+    result = DailyResult(until=until)
+    with (
+        telling(settings),
+        market_days.one_round_at_a_time(settings),
+        engine_of(settings.sql_url) as engine,
+    ):
+        due = market_days.due(engine, symbols, until, settings.extra_closures)
+        for day, missing in due:
+            newest = day == due[-1][0]
+            _one_day(settings, engine, day, missing, newest, result)
+    get_run_logger().info(_headline(result))
+    return result
+
+
+def _one_day(
+    settings: Settings,
+    engine: Engine,
+    day: date,
+    symbols: Sequence[str],
+    newest: bool,
+    result: DailyResult,
+) -> None:
+    """Every step of a day, and the record of it.
+
+    Of the newest session prices may still come: a symbol without them is watched, and not done.
+    """
+    version = ingest_prices(settings, symbols, day)
+    late = [each for each in symbols if last_known(settings, each, day, version.md5) < day]
+    served = {symbol for held in in_production(open_registry(settings)) for symbol in held.symbols}
+    for symbol in symbols:
+        if symbol in served:
+            _watch(symbol, day, result)
+        else:
+            result.notes.append(f"{day}: {symbol} has no version in production.")
+    ready = [each for each in symbols if not (newest and each in late)]
+    _forecast([each for each in ready if each in served and each not in late], day, result)
+    if newest:
+        result.waiting = late
+    else:
+        result.notes += [f"{day}: no prices of {symbol} came." for symbol in late]
+    if ready:
+        market_days.record(engine, ready, day, version.md5, str(flow_run.id or uuid.uuid4()))
+        result.done.append(day)
+
+
+def _watch(symbol: str, day: date, result: DailyResult) -> None:
+    try:
+        monitor(symbol=symbol, as_of=day)
+    except HistoryError as error:  # production was trained later: it has nothing to learn there
+        result.notes.append(f"{day}: {symbol} was not monitored. {error}")
+
+
+def _forecast(symbols: list[str], day: date, result: DailyResult) -> None:
+    if not symbols:
+        return
+    try:
+        made = forecast(symbols=symbols, as_of=day)
+    except DataError as error:
+        result.notes.append(f"{day}: nothing was forecast. {error}")
+        return
+    result.notes += [f"{day}: {symbol}: {reason}" for symbol, reason in made.refused.items()]
+
+
+def _headline(result: DailyResult) -> str:
+    if not result.done and not result.waiting:
+        return f"Nothing to do: every session up to {result.until} is done."
+    done = ", ".join(str(day) for day in result.done) or "none"
+    waiting = f"; prices of {', '.join(result.waiting)} have not come yet" if result.waiting else ""
+    return "\n".join([f"Sessions done: {done}{waiting}.", *result.notes])
