@@ -214,7 +214,7 @@ class Training:
             if held is not None and held.contract.as_of > self.as_of:
                 return self.too_old(held)
             splits = self.splits()
-            warm = self.warm(splits, held) if widen != "always" else None
+            warm = self.warm(splits, held, widen) if widen != "always" else None
             first = self.attempt(warm, Path(scratch) / "warm", held) if warm else None
             if first is not None and not (first.refused and widen == "if-needed"):
                 return self.conclude(first, held)
@@ -238,18 +238,23 @@ class Training:
         windows: Splits = _step(prepare_windows, *rows, key=key)
         return windows
 
-    def warm(self, splits: Splits, held: Held | None) -> Fit | None:
+    def warm(self, splits: Splits, held: Held | None, widen: Widen) -> Fit | None:
         """A fit with the parameters of the version in production; None where it is no good start.
 
-        That is where they are not known any more, or validation shows them to have aged.
+        That is where they are not known any more, or validation shows them to have aged. Where
+        nothing may be searched they are taken as they are, and the defaults for unknown ones.
         """
         past = past_of(self.registry, held.contract.run_id, self.settings.seed) if held else None
         if past is None:
-            get_run_logger().info("No parameters of a version in production are known; searching")
+            told = "defaults are taken" if widen == "never" else "searching"
+            get_run_logger().info("No parameters of a version in production are known: %s", told)
+            if widen == "never":
+                return self.fitted(splits, ModelConfig(seed=self.settings.seed), "")
             return None
         fit = self.fitted(splits, past.config, past.search_run)
-        if past.has_aged(fit.candidate.scores, self.settings.retrain_margin):
-            get_run_logger().info("Production's parameters have aged; searching")
+        aged = past.has_aged(fit.candidate.scores, self.settings.retrain_margin)
+        if aged and widen == "if-needed":
+            get_run_logger().info("Production's parameters have aged: searching")
             return None
         return fit
 

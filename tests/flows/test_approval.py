@@ -13,7 +13,7 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 NAME = "perennial-goog"
 DAYS = (date(2006, 12, 29), date(2007, 6, 29))
-LAX = {"gate_tolerance": 1, "gate_classical_tolerance": 1}
+CHEAP = {"gate_tolerance": 1, "gate_classical_tolerance": 1, "retrain_search": "never"}
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -52,7 +52,7 @@ def meanwhile(work: Callable[[], T]) -> Iterator[list[T]]:
 @retry(
     stop=stop_after_delay(180),
     wait=wait_fixed(0.2),
-    retry=retry_if_exception_type((LookupError, ObjectNotFound)),
+    retry=retry_if_exception_type((LookupError, PrefectHTTPStatusError)),
 )
 def paused(name: str) -> UUID:
     """Id of the run of that name, once it is paused and its form is there."""
@@ -117,7 +117,7 @@ def trained(home: Path, day: date, **form: object) -> TrainResult:
     """A retrain that pauses, and goes on with the form; nothing is registered before."""
     name = f"asked {day}"
 
-    with configured(home, approval=True, **LAX) as settings:
+    with configured(home, approval=True, **CHEAP) as settings:
         registry = open_registry(settings)
         versions = registry.history(NAME)
 
