@@ -150,7 +150,7 @@ class Settings(BaseSettings):
         description="Whether a retrain searches; if-needed: where production's parameters fail.",
     )
     retrain_margin: float = Field(
-        0.02,
+        0.01,
         ge=0,
         description="Validation loss over the past's at which production's parameters have failed.",
     )

@@ -116,3 +116,16 @@ def test_of_requests_at_once_one_passes(engine, attempt):
     assert sum(not entry.skipped for entry in entries) == 1
     states = sorted(state for _, state, _ in lines(engine))
     assert states == ["running"] + ["skipped"] * (AT_ONCE - 1)
+
+
+def test_a_rollback_starts_a_cooldown_once(engine):
+    for _ in range(2):
+        reason = "version 2 was rolled back"
+        ledger.hold(
+            engine, "probation", symbol="GOOG", as_of=DAY, flow_run_id="monitor", reason=reason
+        )
+    assert lines(engine) == [("GOOG", "rolled-back", reason)]
+    soon = claim(engine, date(2008, 10, 16), "next")
+    assert soon.skipped
+    assert "rolled-back" in soon.reason
+    assert not claim(engine, DAY, "other", symbol="IBM").skipped
