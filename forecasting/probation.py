@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from sqlalchemy import Engine, Row, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import audit
+from forecasting import audit, metrics
 from forecasting.sequential import wealth
 from forecasting.sessions import sessions_after, sessions_between
 from forecasting.store import now, predictions, probations, promotions
 
 State = Literal["watching", "passed", "rolled-back", "superseded"]
+LEAST_SCALE = 0.5
+"""Of the CRPS that the version before expects of itself: where two forecasts are nearly the same
+nothing much is bet."""
 STANDING = ("moved", "confirmed")
 """States of a promotion that holds."""
 
@@ -142,7 +145,8 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
 
     Args:
         pairs: one row a forecast that both versions made: `origin`, `target`, `horizon`, `crps`
-            and `previous_crps` in bp of log return; those of several symbols are averaged.
+            and `previous_crps` in bp of log return, and `scale`, the most by which the first can be
+            the smaller, whatever comes; those of several symbols are averaged.
         alpha: probability of condemning a version that is no worse.
 
     Raises:
@@ -150,7 +154,7 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
     """
     if pairs.empty:
         return Finding(0, 1.0, False, float("nan"), float("nan"), 1, float("nan"))
-    columns = ["crps", "previous_crps"]
+    columns = ["crps", "previous_crps", "scale"]
     daily = pairs.groupby(["horizon", "origin", "target"])[columns].mean().reset_index()
     daily = daily.sort_values("origin")
     horizon = int(daily["horizon"].max())
@@ -171,7 +175,10 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
 
 def _value_at(daily: pd.DataFrame, lag: int, days: NDArray[np.datetime64]) -> NDArray[np.float64]:
     """E-value as known on each of `days`, from what came true by then; 1 before the first."""
-    path = wealth(daily["crps"].to_numpy(), daily["previous_crps"].to_numpy(), lag)
+    losses, reference, scale = (
+        daily[name].to_numpy() for name in ("crps", "previous_crps", "scale")
+    )
+    path = wealth(losses, reference, lag, scale)
     known = np.searchsorted(daily["target"].to_numpy(), days, side="right")
     return np.concatenate([[1.0], path])[known]
 
@@ -194,13 +201,35 @@ def pair(scored: pd.DataFrame, watched: Probation) -> pd.DataFrame:
         & scored["prices_md5"].notna()  # rows that a client sent can be anything
     ]
     keys = ["symbol", "origin", "target", "horizon"]
-    sides = [
-        chosen[chosen["model_version"] == version]
-        .drop_duplicates(keys)[[*keys, "crps_bp"]]
-        .rename(columns={"crps_bp": name})
-        for version, name in ((watched.version, "crps"), (watched.previous, "previous_crps"))
-    ]
-    return sides[0].merge(sides[1], on=keys)
+    own, other = (
+        chosen[chosen["model_version"] == version].drop_duplicates(keys)
+        for version in (watched.version, watched.previous)
+    )
+    told = [*keys, "crps_bp", "origin_close", "levels", "quantiles"]
+    both = own[told].merge(other[told], on=keys, suffixes=("", "_before"))
+    return both[keys].assign(
+        crps=both["crps_bp"],
+        previous_crps=both["crps_bp_before"],
+        scale=[_scale(row) for row in both.to_dict("records")],
+    )
+
+
+def _scale(row: dict[str, Any]) -> float:
+    """The most by which the version's CRPS could have been the smaller, bp of log return.
+
+    Known before the outcome, so that a bet on the difference favours neither wide forecasts nor
+    narrow ones.
+    """
+    own, other = (
+        metrics.BASIS_POINTS
+        * np.log(np.asarray(row[f"quantiles{side}"]) / row[f"origin_close{side}"])
+        for side in ("", "_before")
+    )
+    levels = row["levels"]
+    if levels != row["levels_before"]:
+        other = np.interp(levels, row["levels_before"], other)
+    most = float(metrics.most_better(own, other, levels))
+    return max(most, LEAST_SCALE * float(metrics.expected_crps(other, levels)))
 
 
 # --- the table -------------------------------------------------------------------------------
