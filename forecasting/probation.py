@@ -27,11 +27,11 @@ from forecasting.sessions import sessions_after, sessions_between
 from forecasting.store import now, predictions, probations, promotions
 
 State = Literal["watching", "passed", "rolled-back", "superseded"]
+LEAST_SCALE = 0.5
+"""Of the CRPS that the version before expects of itself: where two forecasts are nearly the same
+nothing much is bet."""
 STANDING = ("moved", "confirmed")
 """States of a promotion that holds."""
-LEAST_SCALE = 0.5
-"""Of the previous version's expected CRPS: see `_scale`."""
-_COLUMNS = ("crps", "previous_crps", "scale")
 
 
 @dataclass(frozen=True)
@@ -144,9 +144,9 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
     e-value again however they hang together.
 
     Args:
-        pairs: one row a forecast that both versions made: `origin`, `target`, `horizon`, and in bp
-            of log return `crps`, `previous_crps` and `scale`, the most by which the former can be
-            the smaller; those of several symbols are averaged.
+        pairs: one row a forecast that both versions made: `origin`, `target`, `horizon`, `crps`
+            and `previous_crps` in bp of log return, and `scale`, the most by which the first can be
+            the smaller, whatever comes; those of several symbols are averaged.
         alpha: probability of condemning a version that is no worse.
 
     Raises:
@@ -154,7 +154,8 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
     """
     if pairs.empty:
         return Finding(0, 1.0, False, float("nan"), float("nan"), 1, float("nan"))
-    daily = pairs.groupby(["horizon", "origin", "target"])[list(_COLUMNS)].mean().reset_index()
+    columns = ["crps", "previous_crps", "scale"]
+    daily = pairs.groupby(["horizon", "origin", "target"])[columns].mean().reset_index()
     daily = daily.sort_values("origin")
     horizon = int(daily["horizon"].max())
     near, far = daily[daily["horizon"] == 1], daily[daily["horizon"] == horizon]
@@ -174,7 +175,9 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
 
 def _value_at(daily: pd.DataFrame, lag: int, days: NDArray[np.datetime64]) -> NDArray[np.float64]:
     """E-value as known on each of `days`, from what came true by then; 1 before the first."""
-    losses, reference, scale = (daily[name].to_numpy() for name in _COLUMNS)
+    losses, reference, scale = (
+        daily[name].to_numpy() for name in ("crps", "previous_crps", "scale")
+    )
     path = wealth(losses, reference, lag, scale)
     known = np.searchsorted(daily["target"].to_numpy(), days, side="right")
     return np.concatenate([[1.0], path])[known]
@@ -197,31 +200,36 @@ def pair(scored: pd.DataFrame, watched: Probation) -> pd.DataFrame:
         & (scored["origin"] < pd.Timestamp(last))
         & scored["prices_md5"].notna()  # rows that a client sent can be anything
     ]
-    keys, values = ["symbol", "origin", "target", "horizon"], ["crps_bp", "quantiles", "levels"]
-    own, previous = (
+    keys = ["symbol", "origin", "target", "horizon"]
+    own, other = (
         chosen[chosen["model_version"] == version].drop_duplicates(keys)
         for version in (watched.version, watched.previous)
     )
-    both = own[[*keys, *values, "origin_close"]].merge(
-        previous[[*keys, *values]], on=keys, suffixes=("", "_previous")
+    told = [*keys, "crps_bp", "origin_close", "levels", "quantiles"]
+    both = own[told].merge(other[told], on=keys, suffixes=("", "_before"))
+    return both[keys].assign(
+        crps=both["crps_bp"],
+        previous_crps=both["crps_bp_before"],
+        scale=[_scale(row) for row in both.to_dict("records")],
     )
-    both = both[both["levels"].map(tuple) == both["levels_previous"].map(tuple)]
-    both = both.rename(columns={"crps_bp": "crps", "crps_bp_previous": "previous_crps"})
-    both["scale"] = _scale(both)
-    return both[[*keys, "crps", "previous_crps", "scale"]]
 
 
-def _scale(both: pd.DataFrame) -> NDArray[np.float64]:
-    """The most that the version can win by, in bp; where both are nearly the same little is bet."""
-    if both.empty:
-        return np.empty(0)
-    levels, close = both["levels"].iloc[0], both["origin_close"].to_numpy()[:, None]
-    own, previous = (
-        np.log(np.array(both[name].tolist()) / close)
-        for name in ("quantiles", "quantiles_previous")
+def _scale(row: dict[str, Any]) -> float:
+    """The most by which the version's CRPS could have been the smaller, bp of log return.
+
+    Known before the outcome, so that a bet on the difference favours neither wide forecasts nor
+    narrow ones.
+    """
+    own, other = (
+        metrics.BASIS_POINTS
+        * np.log(np.asarray(row[f"quantiles{side}"]) / row[f"origin_close{side}"])
+        for side in ("", "_before")
     )
-    least = LEAST_SCALE * metrics.expected_crps(previous, levels)
-    return np.maximum(metrics.most_better(own, previous, levels), least) * metrics.BASIS_POINTS
+    levels = row["levels"]
+    if levels != row["levels_before"]:
+        other = np.interp(levels, row["levels_before"], other)
+    most = float(metrics.most_better(own, other, levels))
+    return max(most, LEAST_SCALE * float(metrics.expected_crps(other, levels)))
 
 
 # --- the table -------------------------------------------------------------------------------

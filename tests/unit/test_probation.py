@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from sqlalchemy import Engine, insert
 
-from forecasting import audit, metrics, probation
+from forecasting import audit, probation
 from forecasting.contract import QUANTILE_LEVELS
 from forecasting.probation import Probation, Replacement
 from forecasting.sequential import STAKES
@@ -34,10 +34,10 @@ def pairs(ratio: float, days: int = DAYS, horizons: tuple[int, ...] = (1, 5), se
         for i in range(days - horizon + 1):
             base = float(rng.gamma(2.0, 50.0))
             new = base * ratio * float(np.exp(rng.normal(0, 0.02)))
-            rows.append(("GOOG", sessions[i], sessions[i + horizon], horizon, new, base))
-    columns = ["symbol", "origin", "target", "horizon", "crps", "previous_crps"]
+            most = max(new, base)
+            rows.append(("GOOG", sessions[i], sessions[i + horizon], horizon, new, base, most))
+    columns = ["symbol", "origin", "target", "horizon", "crps", "previous_crps", "scale"]
     table = pd.DataFrame(rows, columns=columns)
-    table["scale"] = table["previous_crps"]  # no loss is below 0, so nobody can win by more
     return table.assign(origin=pd.to_datetime(table.origin), target=pd.to_datetime(table.target))
 
 
@@ -92,7 +92,7 @@ def test_one_that_is_as_good_or_better_is_not(ratio):
         noise = np.exp(rng.normal(0, 0.3, len(table)))
         table["crps"] *= noise
         table["previous_crps"] *= np.exp(rng.normal(0, 0.3, len(table)))
-        table["scale"] = table["previous_crps"]
+        table["scale"] = table[["crps", "previous_crps"]].max(axis=1)
         condemned += probation.weigh(table, ALPHA).worse
     assert condemned <= 5
 
@@ -135,9 +135,9 @@ def scored_rows(version: int, count: int, **changes: object) -> pd.DataFrame:
             "target": pd.Timestamp(sessions[i + 1]),
             "horizon": 1,
             "crps_bp": 100.0 * version + i,
+            "origin_close": 100.0,
             "levels": list(QUANTILE_LEVELS),
-            "quantiles": (100.0 * ratios(1, 1.0)[0].astype(float) ** version).tolist(),
-            "origin_close": 1.0,
+            "quantiles": (100 * ratios(1, 1.0 + version / 10)[0].astype(float)).tolist(),
         }
         | changes
         for i in range(count)
@@ -160,13 +160,9 @@ def test_only_forecasts_of_both_from_our_own_rows_in_its_days_are_paired():
     assert len(found) == DAYS
     assert (found.crps - found.previous_crps).tolist() == [100.0] * DAYS
     assert found.origin.min() == pd.Timestamp(START)
-    own, previous = (np.log(np.array(log.iloc[i].quantiles)) for i in (0, 50))
-    levels = QUANTILE_LEVELS
-    most = max(
-        float(metrics.crps(y, previous, levels) - metrics.crps(y, own, levels))
-        for y in np.linspace(own[0] * 2, own[-1] * 2, 20_001)
-    )
-    assert found.scale.to_numpy() == pytest.approx(most * metrics.BASIS_POINTS, rel=1e-3)
+    # the same shape a tenth apart: beyond both, one wins by all that lies between
+    apart = 1e4 * np.log(1.2 / 1.1)
+    assert found.scale.to_numpy() == pytest.approx(np.full(DAYS, apart), rel=0.2)
     later = probation.pair(log, replace(WATCHED, started=sessions_after(START, 3)[-1]))
     assert later.origin.min() == pd.Timestamp(sessions_after(START, 3)[-1])
 
