@@ -3,7 +3,6 @@
 from datetime import date
 
 from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
 
 from flows.ingest import today_or
 from flows.train import TrainResult, run_training
@@ -13,6 +12,7 @@ from forecasting.registry import open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
+from tasks.steps import flow_run_id
 
 
 @flow(name="retrain")
@@ -42,7 +42,7 @@ def retrain(
             symbol=symbol if len(symbols) == 1 else forecaster,
             as_of=day,
             trigger=trigger,
-            flow_run_id=str(flow_run.id or "local"),
+            flow_run_id=flow_run_id(),
             cooldown_days=settings.retrain_cooldown_days,
         )
         if entry.skipped:
