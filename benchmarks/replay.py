@@ -114,7 +114,7 @@ def every_market(folder: Path) -> list[Market]:
     """GOOG, and the planted ones."""
     return [
         Market("goog", "GOOG 2007-2013", "GOOG", date(2007, 1, 3), date(2013, 2, 28)),
-        planted(folder, "night", "planted: news moves into the night", 1, 1.0, 0.25),
+        planted(folder, "night", "planted: news moves into the night", 1, 1.0, 0.4),
         planted(folder, "hours", "planted: news moves into trading hours", 2, 0.5, 1.0),
     ]
 
