@@ -85,6 +85,10 @@ bench-drift: $(STAMP) ## measure the monitor's false alarms and what it finds; t
 bench-degraded: $(STAMP) ## measure how soon forecasts that went bad are found; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.degraded
 
+.PHONY: replay
+replay: $(STAMP) ## play retraining policies over years of history; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.replay
+
 .PHONY: format
 format: $(STAMP) ## format and fix imports
 	$(BIN)/ruff check --fix .

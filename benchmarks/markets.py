@@ -70,3 +70,26 @@ def louder(frame: pd.DataFrame, day: int, factor: float = 2.0) -> pd.DataFrame:
     base = np.concatenate([logs[:1, 0], closes[:-1]])
     changed = pd.DataFrame(np.exp(base[:, None] + moves), frame.index, prices)
     return changed.assign(volume=frame["volume"])
+
+
+def overnight(frame: pd.DataFrame, day: int, share: float) -> pd.DataFrame:
+    """The same market, whose moves within a day are `share` as large from row `day` on.
+
+    What is left of each day's return comes before the open: closes are as they were, the day's
+    range no longer tells of them. (News that used to come in trading hours comes at night.)
+    """
+    logs = np.log(frame[["open", "high", "low", "close"]].to_numpy())
+    opened, high, low, close = logs.T.copy()
+    after = np.arange(len(frame)) >= day
+    top, bottom = np.maximum(opened, close), np.minimum(opened, close)
+    moved = np.where(after, close - share * (close - opened), opened)
+    above = np.where(after, share, 1.0) * (high - top)
+    below = np.where(after, share, 1.0) * (bottom - low)
+    changed = {
+        "open": moved,
+        "high": np.maximum(moved, close) + above,
+        "low": np.minimum(moved, close) - below,
+        "close": close,
+    }
+    prices = pd.DataFrame({name: np.exp(values) for name, values in changed.items()}, frame.index)
+    return prices.assign(volume=frame["volume"])

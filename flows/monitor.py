@@ -5,7 +5,6 @@ from datetime import date
 from uuid import UUID
 
 from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
 from pydantic import BaseModel
 from sqlalchemy import Engine
 
@@ -23,18 +22,21 @@ from tasks.monitor import (
     alarm,
     check_days,
     compare,
+    draw,
     find_faults,
     join_actuals,
     keep_snapshot,
     last_check,
     last_known,
+    page_due,
     production_contract,
     record_checks,
     report,
     was_alarmed,
 )
-from tasks.performance import alarm_degraded, record_scores, score_forecasts, watch_served
+from tasks.performance import Served, alarm_degraded, record_scores, score_forecasts, watch_served
 from tasks.probation import Scene, watch
+from tasks.steps import flow_run_id
 
 
 class MonitorResult(BaseModel):
@@ -104,7 +106,7 @@ def monitor(
         session = last_known(settings, symbol, day, md5)
         days = check_days(after, session)
         if days:
-            _check(settings, registry, engine, contract, seen, md5, days)
+            _check(settings, registry, engine, contract, seen, md5, days, after)
         else:
             seen.summary = (
                 f"Nothing to check: on {day} no prices of {symbol} after {after} are known."
@@ -125,22 +127,27 @@ def _check(
     seen: MonitorResult,
     md5: str,
     days: Sequence[date],
+    after: date | None,
 ) -> None:
     """Look at prices and forecasts, tell and record it; what was seen is filled in."""
     symbol, version = seen.symbol, seen.version
-    verdicts, snapshot = compare(settings, contract, symbol, days, md5)
+    verdicts = compare(settings, contract, symbol, days, md5)
     newest = verdicts[-1]
     seen.summary, seen.drifted, seen.share = newest.summary(), newest.drifted, newest.share
     seen.checks = len(verdicts)
     fares, logged = score_forecasts(settings, engine, contract, version, symbol, seen.as_of, md5)
     seen.performance, seen.degraded, seen.evidence = fares.summary(), fares.degraded, fares.evidence
-    answered = watch_served(
-        settings, registry, engine, contract, version, symbol, seen.as_of, md5, logged
-    )
-    seen.run_id = report(
-        registry, engine, version, symbol, md5, verdicts, snapshot, fares, answered
-    )
-    keep_snapshot(settings, version, symbol, newest.recent_end, snapshot)
+    answered = Served([], [])
+    is_new = newest.drifted and not was_alarmed(engine, contract, version, symbol, after)
+    if is_new or page_due(settings.report_days, after, newest.recent_end):
+        answered = watch_served(
+            settings, registry, engine, contract, version, symbol, seen.as_of, md5, logged
+        )
+        snapshot = draw(settings, contract, symbol, newest.recent_end, md5)
+        seen.run_id = report(
+            registry, engine, version, symbol, md5, verdicts, snapshot, fares, answered
+        )
+        keep_snapshot(settings, version, symbol, newest.recent_end, snapshot)
     record_scores(engine, contract, version, symbol, verdicts, fares, answered)
     known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
     if newest.drifted and not known and not seen.faults:
@@ -153,6 +160,6 @@ def _check(
         version,
         symbol,
         verdicts,
-        str(flow_run.id or "local"),
+        flow_run_id(),
         alarmed=seen.event_id is not None,
     )

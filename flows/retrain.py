@@ -1,10 +1,8 @@
 """Retrain a symbol's forecaster when it is no longer what it was; automations start it."""
 
-import uuid
 from datetime import date
 
 from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
 
 from flows.ingest import today_or
 from flows.train import TrainResult, run_training
@@ -14,6 +12,7 @@ from forecasting.registry import open_registry
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
+from tasks.steps import flow_run_id
 
 
 @flow(name="retrain")
@@ -44,7 +43,7 @@ def retrain(
             symbol=symbol if len(symbols) == 1 else forecaster,
             as_of=day,
             trigger=trigger,
-            flow_run_id=str(flow_run.id or uuid.uuid4()),
+            flow_run_id=flow_run_id(),
             limits=ledger.Limits.of(settings),
         )
         if entry.skipped:

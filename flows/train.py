@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
 from pydantic import BaseModel
 from sqlalchemy import Engine
 
@@ -35,6 +34,7 @@ from tasks.events import telling
 from tasks.gate import CARD, Judged, gate_scores, judge, show_verdict
 from tasks.ingest import ingest_prices
 from tasks.promote import promote_version
+from tasks.steps import flow_run_id
 from tasks.training import fit, past_of, prepare_windows, search, show_search, with_peers_of
 
 Outcome = Literal["promoted", "refused", "unchanged", "skipped"]
@@ -174,7 +174,7 @@ class Training:
             "symbol": ",".join(symbols),
             "as_of": as_of.isoformat(),
             "dataset_md5": dataset.md5,
-            "flow_run_id": str(flow_run.id or ""),
+            "flow_run_id": flow_run_id(),
             "trigger": trigger,
         }
         name = forecaster_name(symbols).removeprefix("perennial-")

@@ -21,10 +21,11 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import colorama
 import fsspec
@@ -61,6 +62,7 @@ from forecasting.revisions import Merged, merge
 from forecasting.settings import Settings
 from forecasting.sources import Payload, check_symbol, download, parse
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 colorama.deinit()  # importing dvc wraps stdout and stderr
 
@@ -75,6 +77,7 @@ _BRANCH = Ref(b"refs/heads/main")
 _WHO = b"perennial <perennial@localhost>"
 _LOCK_SECONDS = 300
 _NAMED_SYMBOLS = 20
+_MOST_REMEMBERED = 32
 _MD5 = re.compile(rb"md5: ([0-9a-f]{32})\.dir\b")
 _HEX = re.compile(r"([0-9a-f]{32})(?:\.dir)?")
 _DAMAGE = (
@@ -219,6 +222,36 @@ def _log_revisions(merged: dict[str, Merged], as_of: date) -> None:
 
 # --- reading ---------------------------------------------------------------------------------
 
+_remembered: ContextVar[dict[tuple[object, ...], Any] | None] = ContextVar(
+    "remembered", default=None
+)
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Within it this thread reads no prices twice: for a process that asks for them all day.
+
+    What is remembered is named by its content, so that it cannot be out of date. It is told to
+    nobody that a cache or remote is gone meanwhile.
+    """
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
+def _once(key: tuple[object, ...], read: Callable[[], T]) -> T:
+    known = _remembered.get()
+    if known is None:
+        return read()
+    if key not in known:
+        if len(known) >= _MOST_REMEMBERED:
+            known.pop(next(iter(known)))
+        known[key] = read()
+    found: T = known[key]
+    return found
+
 
 def current(settings: Settings) -> DatasetVersion | None:
     """The latest version, None before the first ingest.
@@ -344,7 +377,10 @@ def load_frame(settings: Settings, symbol: str, as_of: date, md5: str | None = N
         HistoryError: `as_of` lies before the first row or in the future.
     """
     check_as_of(as_of)
-    return adjusted(load_raw(settings, symbol, md5), as_of)
+    if _remembered.get() is None or md5 is None:
+        return adjusted(load_raw(settings, symbol, md5), as_of)
+    key = ("frame", settings.data_dir, md5, symbol, as_of)
+    return _once(key, lambda: adjusted(load_raw(settings, symbol, md5), as_of)).copy()
 
 
 def _read_raw(settings: Settings, tree: dict[str, str], symbol: str) -> RawPrices:
@@ -355,6 +391,11 @@ def _read_raw(settings: Settings, tree: dict[str, str], symbol: str) -> RawPrice
             f"The dataset has no symbol {symbol!r}; it has {', '.join(known[:_NAMED_SYMBOLS])}"
             f"{more}. Ingest it first."
         )
+    digests = [tree[f"{symbol}/{kind}.parquet"] for kind in _FILES]
+    return _once(("raw", symbol, *digests), lambda: _parsed(settings, tree, symbol))
+
+
+def _parsed(settings: Settings, tree: dict[str, str], symbol: str) -> RawPrices:
     tables = []
     for kind in _FILES:
         content = _object(settings, tree[f"{symbol}/{kind}.parquet"])

@@ -10,6 +10,7 @@ version that is no worse is rolled back with a probability of at most `alpha` fo
 A version that goes back to an earlier one is not watched: that was decided already.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 from types import ModuleType
@@ -214,7 +215,7 @@ def pair(scored: pd.DataFrame, watched: Probation) -> pd.DataFrame:
     )
 
 
-def _scale(row: dict[str, Any]) -> float:
+def _scale(row: Mapping[Any, Any]) -> float:
     """The most by which the version's CRPS could have been the smaller, bp of log return.
 
     Known before the outcome, so that a bet on the difference favours neither wide forecasts nor

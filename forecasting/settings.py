@@ -135,6 +135,12 @@ class Settings(BaseSettings):
     drift_share: float = Field(
         0.5, gt=0, le=1, description="Share of drifted features at which a drift event is emitted."
     )
+    report_days: int = Field(
+        1,
+        ge=0,
+        description="Trading days between two of Evidently's pages on drift; drift that begins has "
+        "one as well; 0: only that.",
+    )
     performance_alpha: float = Field(
         0.01,
         gt=0,

@@ -8,12 +8,11 @@ from contextlib import ExitStack
 from datetime import date
 from typing import ParamSpec, TypeVar
 
-from prefect.runtime import flow_run
-
 from forecasting import costs
 from forecasting.errors import ServiceError
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
+from tasks.steps import flow_run_id
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ def accounted(function: Callable[P, R]) -> Callable[P, R]:
         settings = load_settings()
         name = function.__name__
         about, day = _subject(bound.arguments), bound.arguments.get("as_of") or date.today()
-        run_id = str(flow_run.id or "local")
+        run_id = flow_run_id()
         with ExitStack() as stack:
             try:
                 engine = stack.enter_context(engine_of(settings.sql_url))

@@ -6,8 +6,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from prefect import Task, get_run_logger, task
-from prefect.artifacts import create_table_artifact
+from prefect import Task, get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import exponential_backoff
@@ -21,6 +20,7 @@ from forecasting.predictions import Spool
 from forecasting.registry import Registry
 from forecasting.settings import Settings
 from forecasting.store import engine_of
+from tasks.steps import create_table_artifact, task
 
 MOST_SHOWN = 1000
 """Rows of the table in Prefect; those without a forecast come first."""

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine
 
@@ -20,6 +19,7 @@ from forecasting.gate import Evidence, GateVerdict, Rule
 from forecasting.gate import judge as judge_evidence
 from forecasting.registry import Registry
 from forecasting.settings import Settings
+from tasks.steps import create_markdown_artifact, task
 
 CARD, PAGE = "model-card.md", "model-card.html"
 

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from datetime import date
 from typing import Any
 
-from prefect import Task, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect import Task, get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
@@ -18,6 +17,7 @@ from forecasting.events import DataRejected, DataUpdated, put_once
 from forecasting.prices import Frame, visible_factors
 from forecasting.settings import Settings
 from forecasting.store import engine_of
+from tasks.steps import create_markdown_artifact, create_table_artifact, task
 
 _MAY_PASS = (SourceError, DatasetError)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from uuid import UUID
 
 import pandas as pd
-from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine, and_, func, not_, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -17,18 +16,21 @@ from sqlalchemy.dialects import postgresql, sqlite
 from forecasting import breaks, datasets, drift, events, faults, outcomes, workspace
 from forecasting.breaks import Shift
 from forecasting.contract import Contract, read_contract
-from forecasting.drift import DriftVerdict, Snapshot
+from forecasting.drift import DriftVerdict, Reference, Snapshot
 from forecasting.errors import HistoryError, RegistryError
 from forecasting.performance import Performance
 from forecasting.predictions import ANSWERS
 from forecasting.registry import PRODUCTION, Registry
-from forecasting.sessions import sessions_between
+from forecasting.sessions import count_sessions, sessions_between
 from forecasting.settings import Settings
 from forecasting.store import checks, now
 from tasks.performance import Served
+from tasks.steps import create_markdown_artifact, create_table_artifact, task
 
 EVERY = 5
 """Sessions between two checks when a monitor catches up on missed days."""
+_FIRST_PAGE = date(2000, 1, 3)
+"""From which day pages are counted, so that it matters little when a monitor began."""
 
 
 def production_contract(registry: Registry, forecaster: str) -> tuple[int, Contract]:
@@ -63,7 +65,9 @@ def last_known(settings: Settings, symbol: str, as_of: date, md5: str) -> date:
     return newest.date()
 
 
-def was_alarmed(engine: Engine, contract: Contract, version: int, symbol: str, day: date) -> bool:
+def was_alarmed(
+    engine: Engine, contract: Contract, version: int, symbol: str, day: date | None
+) -> bool:
     """Whether drift of that day from that version was told. Drift that was held back was not; of
     checks from before that was written down, all that drifted were."""
     told = func.coalesce(checks.c.alarmed, checks.c.drifted)
@@ -109,25 +113,44 @@ def join_actuals(settings: Settings, engine: Engine, symbol: str, as_of: date, m
     return outcomes.join_actuals(engine, symbol, frame, as_of)
 
 
+def page_due(every: int, since: date | None, day: date) -> bool:
+    """Whether one of the pages that come every so many sessions falls after `since`."""
+    if since is None or every == 0:
+        return every > 0
+    return count_sessions(_FIRST_PAGE, day) // every > count_sessions(_FIRST_PAGE, since) // every
+
+
 @task(name="compare", cache_policy=NO_CACHE, timeout_seconds=300)
 def compare(
     settings: Settings, contract: Contract, symbol: str, days: Sequence[date], md5: str
-) -> tuple[list[DriftVerdict], Snapshot]:
-    """Verdict of every check day, and Evidently's report of the newest."""
+) -> list[DriftVerdict]:
+    """Verdict of every check day."""
     frame = datasets.load_frame(settings, symbol, days[-1], md5)
-    table = drift.features(frame)
     trained_on = datasets.load_frame(settings, symbol, contract.as_of, contract.dataset_md5)
-    reference = drift.reference_rows(
-        drift.features(trained_on), contract.train_start, contract.train_end, settings.drift_window
-    )
+    reference = _reference(settings, contract, trained_on)
     limits = (settings.drift_threshold, settings.drift_share)
-    verdicts = drift.compare_dates(table, reference, days[:-1], *limits)
-    newest, snapshot = drift.drift_snapshot(
-        reference, drift.recent_rows(table, days[-1], settings.drift_window), *limits
-    )
+    table = drift.features(frame)
     shifts = _shifts(trained_on, contract, frame, days)
-    every = zip([*verdicts, newest], shifts, strict=True)
-    return [verdict.with_shift(shift) for verdict, shift in every], snapshot
+    every = zip(drift.compare_dates(table, reference, days, *limits), shifts, strict=True)
+    return [verdict.with_shift(shift) for verdict, shift in every]
+
+
+@task(name="draw", cache_policy=NO_CACHE, timeout_seconds=300)
+def draw(settings: Settings, contract: Contract, symbol: str, day: date, md5: str) -> Snapshot:
+    """Evidently's report on one check day; it takes a hundred times as long as the verdict."""
+    table = drift.features(datasets.load_frame(settings, symbol, day, md5))
+    trained_on = datasets.load_frame(settings, symbol, contract.as_of, contract.dataset_md5)
+    recent = drift.recent_rows(table, day, settings.drift_window)
+    limits = (settings.drift_threshold, settings.drift_share)
+    return drift.drift_snapshot(_reference(settings, contract, trained_on), recent, *limits)[1]
+
+
+def _reference(settings: Settings, contract: Contract, trained_on: pd.DataFrame) -> Reference:
+    """What recent rows are compared with: rows that the version learned from."""
+    table = drift.features(trained_on)
+    return drift.reference_rows(
+        table, contract.train_start, contract.train_end, settings.drift_window
+    )
 
 
 def _shifts(

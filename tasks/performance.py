@@ -10,8 +10,7 @@ from uuid import UUID
 
 import numpy as np
 import pandas as pd
-from prefect import get_run_logger, task
-from prefect.artifacts import create_table_artifact
+from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine
 from sqlalchemy.dialects import postgresql, sqlite
@@ -28,6 +27,7 @@ from forecasting.served import PredictionDrift, Traffic
 from forecasting.settings import Settings
 from forecasting.store import now, scores
 from forecasting.windows import make_windows
+from tasks.steps import create_table_artifact, task
 
 _TOLD = {
     "prediction_drift": "Predictions against those that are usual for the version; alarms nobody",

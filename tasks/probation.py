@@ -11,10 +11,8 @@ from datetime import date
 from pathlib import Path
 
 import pandas as pd
-from prefect import get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
-from prefect.runtime import flow_run
 from sqlalchemy import Engine
 
 from forecasting import batch, datasets, ledger, outcomes, probation, promotion
@@ -27,6 +25,7 @@ from forecasting.sessions import count_sessions, sessions_between
 from forecasting.settings import Settings
 from tasks.forecast import drain_log, log_forecasts
 from tasks.promote import promote_version, who
+from tasks.steps import create_markdown_artifact, flow_run_id, task
 
 
 @dataclass(frozen=True)
@@ -203,7 +202,7 @@ def _rolled_back(scene: Scene, watched: Probation) -> str:
         watched.id,
         symbol=scene.symbols[0] if len(scene.symbols) == 1 else watched.forecaster,
         as_of=scene.as_of,
-        flow_run_id=str(flow_run.id or "local"),
+        flow_run_id=flow_run_id(),
         reason=f"version {watched.version} was rolled back: {watched.summary}",
     )
     after = probation.record(scene.engine, watched, "rolled-back", who())

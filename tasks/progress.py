@@ -9,13 +9,13 @@ from uuid import UUID
 
 import httpx
 from prefect import get_run_logger
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import PrefectException
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from tasks.search import Progress
+from tasks.steps import create_progress_artifact, update_progress_artifact
 
 ARTIFACT_SECONDS, LOG_SECONDS = 2.0, 15.0
 

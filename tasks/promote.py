@@ -4,8 +4,7 @@ import getpass
 import re
 from typing import Any
 
-from prefect import get_run_logger, task
-from prefect.artifacts import create_table_artifact
+from prefect import get_run_logger
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
@@ -19,6 +18,7 @@ from forecasting.promotion import PromotionResult
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
 from forecasting.store import engine_of
+from tasks.steps import create_table_artifact, task
 
 
 def promote_version(

@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
-from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.context import TaskRunContext
 
 from forecasting import datasets
@@ -20,6 +18,7 @@ from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings
 from forecasting.windows import Splits, join, make_windows, split, with_peers
 from tasks.candidate import Candidate, Found, fit_candidate
+from tasks.steps import create_table_artifact, is_plain, task
 
 if TYPE_CHECKING:
     from forecasting.study import Told
@@ -77,6 +76,8 @@ def search(
     """
     from tasks import cluster
 
+    if is_plain():
+        return _searched(settings, splits, parent_run, tags, key)
     with cluster.scratch() as scratch, cluster.running(settings, scratch, ("tasks.progress",)):
         return _searched(settings, splits, parent_run, tags, key)
 
@@ -86,7 +87,7 @@ def _searched(
 ) -> Found:
     from forecasting.study import open_study
     from tasks.progress import shown
-    from tasks.search import run_search
+    from tasks.search import run_search, search_here
 
     registry, folder = open_registry(settings), settings.work_dir / "search" / key
     with open_study(folder, seed=settings.seed, grace=settings.grace_epochs) as study:
@@ -102,10 +103,13 @@ def _searched(
                 if told.ended is not None and told.number not in logged:
                     config = asdict(ModelConfig(**told.params, seed=settings.seed))
                     on_trial(told.number, config, told.scores, told.status)
-            with shown() as on_progress:
-                result = run_search(
-                    splits, settings, study, on_trial=on_trial, on_progress=on_progress
-                )
+            if is_plain():  # Ray's start takes longer than the trials of many a retrain
+                result = search_here(splits, settings, study, on_trial=on_trial)
+            else:
+                with shown() as on_progress:
+                    result = run_search(
+                        splits, settings, study, on_trial=on_trial, on_progress=on_progress
+                    )
         except BaseException:
             registry.finish(run_id, "FAILED")
             raise

@@ -1,0 +1,159 @@
+"""The full engine of a replay: the same days on a stack of their own, with nothing left out.
+
+Prefect's server and worker, its automations, the registry and the inference server run as they do
+in production. Flows run through Prefect, forecasts are asked over HTTP, and a retrain is started by
+an automation that heard an event; only the market, and the calendar of a policy that has one, are
+played here. For short spans: a day takes seconds.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+import httpx
+from sqlalchemy import Engine
+
+from deployments.prefect_api import PrefectApi
+from deployments.stack import Stack
+from forecasting import replay as lines
+from forecasting.errors import ServiceError
+from forecasting.events import DriftDetected, PerformanceDegraded
+from forecasting.replay import Policy, metered
+from forecasting.settings import PREFIX
+from forecasting.store import engine_of
+
+if TYPE_CHECKING:
+    from flows.replay import OnDay, Span
+
+STARTING = frozenset({DriftDetected.name, PerformanceDegraded.name})
+"""Events that start a retrain, through an automation."""
+CHAIN = frozenset({"perennial.data.updated"})
+"""Events that start the flows of a day, which are played here in their order."""
+PLACED = {f"{PREFIX}{name}" for name in ("HOME", "PORT", "SERVER_URL", "TRACKING_URI")}
+"""Settings that the stack sets itself."""
+
+
+def play_full(
+    home: Path, span: "Span", policy: Policy, on_day: "OnDay", settings: Mapping[str, str]
+) -> None:
+    """Play every market day that is not done yet on a stack that is started for it.
+
+    Args:
+        home: a copy of the first version's home; the stack's.
+        span: what is replayed.
+        policy: by which.
+        on_day: see `flows.replay.replay`.
+        settings: environment of the replay.
+    """
+    extra = {
+        key: value
+        for key, value in settings.items()
+        if key.startswith(PREFIX) and key not in PLACED
+    }
+    with Stack(home, extra=extra | {"PERENNIAL_POLL_SECONDS": "0.1"}) as stack:
+        wanted = stack.environment()
+        os.environ.clear()
+        os.environ.update(wanted)
+        stack.start()
+        stack.deploy()
+        listen_only_to(policy)
+        with (
+            PrefectApi(stack.prefect_url) as api,
+            httpx.Client(base_url=stack.server_url, timeout=10) as client,
+            engine_of(f"sqlite:///{home / 'perennial.db'}") as engine,
+        ):
+            _Full(engine, api, client, span, policy).play(on_day)
+
+
+def listen_only_to(policy: Policy) -> None:
+    """Have the automations start a retrain for the policy's events, and nothing for others."""
+    from prefect.client.orchestration import get_client
+    from prefect.events.schemas.automations import EventTrigger
+
+    with get_client(sync_client=True) as client:
+        for automation in client.read_automations():
+            trigger = automation.trigger
+            if not (isinstance(trigger, EventTrigger) and trigger.expect & (STARTING | CHAIN)):
+                continue
+            heard = trigger.expect & policy.events
+            if heard:
+                trigger.expect = set(heard)
+            else:
+                automation.enabled = False
+            client.update_automation(UUID(str(automation.id)), automation)
+
+
+class _Full:
+    """One replay on a running stack; `asked` counts retrains that no event started."""
+
+    def __init__(
+        self, engine: Engine, api: PrefectApi, client: httpx.Client, span: "Span", policy: Policy
+    ) -> None:
+        self.engine, self.api, self.client = engine, api, client
+        self.span, self.policy = span, policy
+        self.asked = 0
+
+    def play(self, on_day: "OnDay") -> None:
+        days, done = self.span.days, lines.last_day(self.engine)
+        for position, day in enumerate(days, start=1):
+            if done is None or day > done:
+                on_day(position, len(days), day, self.day(position, day))
+
+    def day(self, position: int, day: date) -> str:
+        """One market day; what a retrain came to."""
+        from flows.ingest import ingest
+        from flows.monitor import monitor
+
+        with metered() as meter:
+            ingest([self.span.symbol], as_of=day)
+            self.ask(day)
+            monitor(self.span.symbol, as_of=day)
+        trigger = self.policy.trigger(position, day, [])
+        if trigger:
+            parameters = {"symbol": self.span.symbol, "as_of": str(day), "trigger": trigger}
+            self.api.start("retrain/retrain", parameters)
+            self.asked += 1
+        told = self.settle(day)
+        lines.end_day(self.engine, self.policy.name, self.span.symbol, day, [], meter)
+        return told
+
+    def settle(self, day: date, seconds: float = 600) -> str:
+        """Wait for every retrain that was started; what came of those of the day.
+
+        Raises:
+            ServiceError: an event started none, or one does not end.
+        """
+        expected = self.asked + lines.count_events(self.engine, self.policy.events)
+        deadline = time.monotonic() + seconds
+        while len(runs := self.api.runs("retrain")) < expected:
+            if time.monotonic() > deadline:
+                raise ServiceError(
+                    f"{expected} retrains were asked for by {day}, {len(runs)} were started: look "
+                    f"at the automations at {self.api.url}/automations"
+                )
+            time.sleep(0.25)
+        for run in runs:
+            if not run.ended:
+                self.api.wait(run.id, seconds)
+        return "; ".join(lines.decisions(self.engine, day))
+
+    def ask(self, day: date, seconds: float = 30) -> None:
+        """A forecast over HTTP that starts from the day's close.
+
+        Raises:
+            ServiceError: the server does not come to that day.
+        """
+        deadline = time.monotonic() + seconds
+        while True:
+            answer = self.client.get(f"/v1/forecast/{self.span.symbol}")
+            if answer.is_success and answer.json()["origin"] == str(day):
+                return
+            if time.monotonic() > deadline:
+                raise ServiceError(
+                    f"The server does not forecast from {day} after {seconds:.0f} s: {answer.text}"
+                )
+            time.sleep(0.05)
