@@ -42,6 +42,7 @@ SHARED = (
 )
 """Settings that name what production uses."""
 OWN = {
+    "PERENNIAL_CLOCK": "market",
     "PERENNIAL_SERVER_URL": "",
     "PERENNIAL_CONFIRM_SECONDS": "0",
     "PERENNIAL_APPROVAL": "false",  # nobody would answer
