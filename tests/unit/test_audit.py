@@ -58,7 +58,11 @@ def test_a_change_that_fails_leaves_no_line(engine):
 
 
 def test_every_request_for_a_retrain_is_in_it_with_its_end(engine):
-    asked = {"symbol": "GOOG", "as_of": date(2008, 10, 10), "limits": ledger.Limits(cooldown_days=5)}
+    asked = {
+        "symbol": "GOOG",
+        "as_of": date(2008, 10, 10),
+        "limits": ledger.Limits(cooldown_days=5),
+    }
     first = ledger.claim(engine, trigger="drift 1", flow_run_id="a", **asked)
     ledger.claim(engine, trigger="drift 2", flow_run_id="b", **asked)
     ledger.close(engine, first.id, "promoted", "better")

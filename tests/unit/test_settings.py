@@ -31,7 +31,12 @@ def test_every_field_is_its_own_environment_variable(field, monkeypatch):
         value = {"drift_share": "0.75", "rate_limit": "7.5"}.get(field, value)
         value = "0.25" if field in ("shadow_share", "canary_share") else value
     else:
-        choices = {"source": "file", "accelerator": "cpu", "retrain_search": "never", "clock": "market"}
+        choices = {
+            "source": "file",
+            "accelerator": "cpu",
+            "retrain_search": "never",
+            "clock": "market",
+        }
         value = choices.get(field, "/somewhere/else")
     monkeypatch.setenv(f"{PREFIX}{field.upper()}", value)
     changed = load_settings()
