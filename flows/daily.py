@@ -18,6 +18,7 @@ from forecasting.registry import open_registry
 from forecasting.sessions import last_due
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of, now
+from tasks.accounting import accounted
 from tasks.events import telling
 from tasks.ingest import ingest_prices
 from tasks.monitor import last_known
@@ -38,6 +39,7 @@ class DailyResult(BaseModel):
 
 
 @flow(name="daily")
+@accounted
 def daily(
     symbols: list[str] = ["GOOG"],  # noqa: B006  (Prefect shows it as the default; never changed)
     as_of: date | None = None,

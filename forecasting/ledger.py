@@ -34,21 +34,25 @@ class Limits:
         cpu_minutes: CPU time of all retrains in a week after which none starts. What a killed one
             spent is not known and counts as nothing; it counts as a run.
         clock: whether days pass on the wall or by the market days `as_of` of the requests.
+        patience: how long a retrain may run until it counts as lost.
     """
 
     cooldown_days: int = 0
     runs: int = 0
     cpu_minutes: float = 0
     clock: Clock = "wall"
+    patience: timedelta = LOST_AFTER
 
     @classmethod
     def of(cls, settings: Settings) -> "Limits":
-        """Those of the settings."""
+        """Those of the settings; one that may wait for a person is not lost while it does."""
+        waits = timedelta(hours=settings.approval_hours if settings.approval else 0)
         return cls(
             settings.retrain_cooldown_days,
             settings.retrain_budget_runs,
             settings.retrain_budget_cpu_minutes,
             settings.clock,
+            LOST_AFTER + waits,
         )
 
 
@@ -112,7 +116,7 @@ def claim(
     identity, request = str(uuid.uuid4()), _Request(symbol, as_of, now(), limits)
     with engine.connect() as connection:
         exclude_writers(connection, retrains)
-        _close_lost(connection, symbol, flow_run_id)
+        _close_lost(connection, symbol, flow_run_id, limits.patience)
         reason = _against(request, _others(connection, flow_run_id))
         connection.execute(
             insert(retrains).values(
@@ -191,13 +195,13 @@ def hold(
         connection.commit()
 
 
-def _close_lost(connection: Connection, symbol: str, flow_run_id: str) -> None:
+def _close_lost(connection: Connection, symbol: str, flow_run_id: str, patience: timedelta) -> None:
     """A killed retrain cannot close its own line; it must not block the symbol."""
     running = (retrains.c.symbol == symbol, retrains.c.state == "running")
-    old = retrains.c.created_at < now() - LOST_AFTER
+    old = retrains.c.created_at < now() - patience
     own = retrains.c.flow_run_id == flow_run_id
     for lost, reason in (
-        (old, f"lost: it did not end within {LOST_AFTER}"),
+        (old, f"lost: it did not end within {patience}"),
         (own, "lost: its flow run started again"),
     ):
         closed = connection.execute(

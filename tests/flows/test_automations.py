@@ -354,8 +354,10 @@ def degraded() -> PerformanceDegraded:
         against="random walk",
         since=date(2008, 9, 2),
         days=38,
+        horizon=1,
         crps_bp=300.0,
         against_crps_bp=200.0,
+        coverage=0.8,
         evidence=120.0,
     )
 

@@ -130,6 +130,24 @@ def test_a_killed_retrain_does_not_block_its_symbol_for_ever(engine):
     assert rows[other].state == "running"
 
 
+def test_one_that_waits_for_a_person_is_not_lost(engine, settings):
+    waiting = settings.model_copy(update={"approval": True, "approval_hours": 24.0})
+    limits = Limits.of(waiting)
+    asked = {"symbol": "GOOG", "as_of": DAY, "trigger": "drift"}
+    ledger.claim(engine, flow_run_id="waits", limits=limits, **asked)
+    moved_back(engine, timedelta(hours=26))
+    assert "one at a time" in ledger.claim(engine, flow_run_id="a", limits=limits, **asked).reason
+    moved_back(engine, timedelta(hours=28))
+    assert not ledger.claim(engine, flow_run_id="b", limits=limits, **asked).skipped
+
+
+def test_a_rollback_starts_a_cooldown_and_is_no_retrain_of_the_budget(engine):
+    held = {"symbol": "GOOG", "as_of": DAY, "flow_run_id": "monitor", "reason": "it was worse"}
+    ledger.hold(engine, "a promotion", **held)
+    assert "was retrained (rolled-back)" in claim(engine, run="next").reason
+    assert not claim(engine, run="other", symbol="IBM", runs=1).skipped
+
+
 def test_a_failed_retrain_starts_no_cooldown(engine):
     ledger.close(engine, claim(engine).id, "failed", "no disk")
     assert not claim(engine, run="next").skipped
