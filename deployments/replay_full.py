@@ -33,6 +33,7 @@ STARTING = frozenset({DriftDetected.name, PerformanceDegraded.name})
 """Events that start a retrain, through an automation."""
 CHAIN = frozenset({"perennial.data.updated"})
 """Events that start the flows of a day, which are played here in their order."""
+_CHANGED = {"name", "description", "enabled", "tags", "trigger", "actions"}
 PLACED = {f"{PREFIX}{name}" for name in ("HOME", "PORT", "SERVER_URL", "TRACKING_URI")}
 """Settings that the stack sets itself."""
 
@@ -104,7 +105,7 @@ def listen_only_to(policy: Policy) -> None:
                 trigger.expect = set(heard)
             else:
                 automation.enabled = False
-            wanted = AutomationCore(**automation.model_dump(exclude={"id"}))
+            wanted = AutomationCore(**automation.model_dump(include=_CHANGED))
             client.update_automation(automation.id, wanted)
 
 
