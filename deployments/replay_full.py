@@ -34,8 +34,10 @@ STARTING = frozenset({DriftDetected.name, PerformanceDegraded.name})
 CHAIN = frozenset({"perennial.data.updated"})
 """Events that start the flows of a day, which are played here in their order."""
 _CHANGED = {"name", "description", "enabled", "tags", "trigger", "actions"}
-PLACED = {f"{PREFIX}{name}" for name in ("HOME", "PORT", "SERVER_URL", "TRACKING_URI")}
-"""Settings that the stack sets itself."""
+PLACED = {
+    f"{PREFIX}{name}" for name in ("HOME", "PORT", "SERVER_URL", "TRACKING_URI", "CONFIRM_SECONDS")
+}
+"""Settings that the stack sets itself, and how long a promotion waits for its server: here it does."""
 
 
 def play_full(
