@@ -113,7 +113,9 @@ def _use(home: Path) -> None:
 def _copy(first: Path, home: Path) -> None:
     part = home.with_name(f"{home.name}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(first, part, ignore=shutil.ignore_patterns("artifacts", "results", "work"))
+    # what is published are the prices of the last day, which no server may see before
+    left = shutil.ignore_patterns("artifacts", "results", "work", "published")
+    shutil.copytree(first, part, ignore=left)
     part.rename(home)  # whole or not there
 
 

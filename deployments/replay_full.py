@@ -8,11 +8,11 @@ played here. For short spans: a day takes seconds.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import UUID
 
 import httpx
 from sqlalchemy import Engine
@@ -33,8 +33,11 @@ STARTING = frozenset({DriftDetected.name, PerformanceDegraded.name})
 """Events that start a retrain, through an automation."""
 CHAIN = frozenset({"perennial.data.updated"})
 """Events that start the flows of a day, which are played here in their order."""
-PLACED = {f"{PREFIX}{name}" for name in ("HOME", "PORT", "SERVER_URL", "TRACKING_URI")}
-"""Settings that the stack sets itself."""
+_CHANGED = {"name", "description", "enabled", "tags", "trigger", "actions"}
+PLACED = {
+    f"{PREFIX}{name}" for name in ("HOME", "PORT", "SERVER_URL", "TRACKING_URI", "CONFIRM_SECONDS")
+}
+"""Settings that the stack sets itself, and how long a promotion waits for its server: here it does."""
 
 
 def play_full(
@@ -60,19 +63,39 @@ def play_full(
         os.environ.update(wanted)
         stack.start()
         stack.deploy()
-        listen_only_to(policy)
         with (
+            _talking_to(stack),
             PrefectApi(stack.prefect_url) as api,
             httpx.Client(base_url=stack.server_url, timeout=10) as client,
             engine_of(f"sqlite:///{home / 'perennial.db'}") as engine,
         ):
+            listen_only_to(policy)
             _Full(engine, api, client, span, policy).play(on_day)
+
+
+@contextmanager
+def _talking_to(stack: Stack) -> Iterator[None]:
+    """Prefect reads its environment once, when it is imported: before there was a stack."""
+    from prefect.settings import (
+        PREFECT_API_URL,
+        PREFECT_LOCAL_STORAGE_PATH,
+        temporary_settings,
+    )
+
+    told = stack.environment()
+    with temporary_settings(
+        {
+            PREFECT_API_URL: told["PREFECT_API_URL"],
+            PREFECT_LOCAL_STORAGE_PATH: Path(told["PREFECT_LOCAL_STORAGE_PATH"]),
+        }
+    ):
+        yield
 
 
 def listen_only_to(policy: Policy) -> None:
     """Have the automations start a retrain for the policy's events, and nothing for others."""
     from prefect.client.orchestration import get_client
-    from prefect.events.schemas.automations import EventTrigger
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger
 
     with get_client(sync_client=True) as client:
         for automation in client.read_automations():
@@ -84,7 +107,8 @@ def listen_only_to(policy: Policy) -> None:
                 trigger.expect = set(heard)
             else:
                 automation.enabled = False
-            client.update_automation(UUID(str(automation.id)), automation)
+            wanted = AutomationCore(**automation.model_dump(include=_CHANGED))
+            client.update_automation(automation.id, wanted)
 
 
 class _Full:
