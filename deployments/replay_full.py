@@ -37,7 +37,7 @@ _CHANGED = {"name", "description", "enabled", "tags", "trigger", "actions"}
 PLACED = {
     f"{PREFIX}{name}" for name in ("HOME", "PORT", "SERVER_URL", "TRACKING_URI", "CONFIRM_SECONDS")
 }
-"""Settings that the stack sets itself, and how long a promotion waits for its server: here it does."""
+"""Settings that the stack sets itself, and how long a promotion waits: here there is a server."""
 
 
 def play_full(
