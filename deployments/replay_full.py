@@ -37,7 +37,7 @@ _CHANGED = {"name", "description", "enabled", "tags", "trigger", "actions"}
 PLACED = {
     f"{PREFIX}{name}" for name in ("HOME", "PORT", "SERVER_URL", "TRACKING_URI", "CONFIRM_SECONDS")
 }
-"""Settings that the stack sets itself, and how long a promotion waits: here there is a server."""
+"""Settings that the stack sets itself; a promotion waits for its server, as it does by default."""
 
 
 def play_full(
