@@ -46,6 +46,8 @@ def telling(settings: Settings) -> Iterator[None]:
 
 
 def _tell(settings: Settings) -> None:
+    if is_plain():  # see `deliver_events`
+        return
     state = deliver_events(settings, return_state=True)
     if state.is_failed():
         get_run_logger().warning("events wait in the outbox: %s", state.message)
