@@ -188,7 +188,9 @@ class Settings(BaseSettings):
         description="Validation loss over the past's at which production's parameters have failed.",
     )
     probation_days: int = Field(
-        20, ge=0, description="Market days that a new version is watched beside the one before it."
+        20,
+        ge=0,
+        description="Market days that a new version is watched beside the one before it; 0: none.",
     )
     probation_alpha: float = Field(
         0.05,

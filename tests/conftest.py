@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import tests.postgres  # noqa: F401  reads its address before the environment is cleaned
@@ -28,6 +29,10 @@ os.environ |= {
     "PREFECT_HOME": str(SCRATCH / "prefect"),
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
+
+# how long an example takes is the machine's affair
+hypothesis.settings.register_profile("project", deadline=None)
+hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture

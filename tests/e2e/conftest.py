@@ -22,6 +22,7 @@ QUICK = {
     "PERENNIAL_FIT_EPOCHS": "10",
     "PERENNIAL_POLL_SECONDS": "0.2",
     "PERENNIAL_CLOCK": "market",
+    "PERENNIAL_PROBATION_DAYS": "0",  # the weak version of the story is to drift, not to give way
 }
 """A small search, and days of history; the gate's settings are the usual ones."""
 

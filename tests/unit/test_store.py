@@ -15,6 +15,7 @@ TABLES = {
     "checks",
     "costs",
     "gate_looks",
+    "market_days",
     "outbox",
     "predictions",
     "probations",
