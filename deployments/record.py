@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, select_autoescape
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from forecasting import audit, costs, lineage
 from forecasting.errors import PerennialError
@@ -122,7 +122,12 @@ def _month(runs: pd.DataFrame, found: pd.DataFrame) -> Table:
     """What 21 market days like those on record cost, beside what platforms ask for theirs."""
     days = max(1, runs["as_of"].nunique())
     minutes = float(found["cpu_minutes"]["all"]) / days * 21
-    table = Table("a month", "dollars", "source", title="One month of this loop, and of others")
+    table = Table(
+        "a month",
+        "dollars",
+        Column("source", overflow="fold"),
+        title="One month of this loop, and of others",
+    )
     table.add_row(
         f"this loop's flows, 21 market days: {minutes:.0f} CPU minutes",
         f"${minutes / 60 * CPU_HOUR_DOLLARS:.2f}",

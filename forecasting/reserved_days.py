@@ -103,7 +103,7 @@ def close(engine: Engine, look: Look, verdict: str, reasons: str) -> None:
             "verdict",
             look.forecaster,
             who=f"gate of run {line.run_id}",
-            reason=reasons,
+            reason=reasons or "every rule of the gate holds",
             details={
                 "verdict": verdict,
                 "run_id": line.run_id,

@@ -383,6 +383,7 @@ def test_events_start_runs_with_typed_parameters(
 STORM = 20
 
 
+@pytest.mark.slow
 def test_of_twenty_drift_events_at_once_one_trains(
     client: SyncPrefectClient, targets: Targets, tmp_path: Path
 ) -> None:
@@ -456,6 +457,7 @@ def fails() -> None:
     raise ValueError("no disk")
 
 
+@pytest.mark.slow
 def test_a_person_is_told_through_the_webhook(
     client: SyncPrefectClient,
     targets: Targets,

@@ -108,6 +108,7 @@ daily(symbols=["GOOG"], as_of=date.fromisoformat({day!r}))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_round_is_taken_up_on_the_day_that_it_was_in(settings):
     daily(symbols=["GOOG"], as_of=FRIDAY)
     last = date(2007, 1, 23)

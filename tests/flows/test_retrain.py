@@ -136,6 +136,7 @@ def test_a_retrain_starts_from_productions_parameters_and_searches_only_if_these
     assert children(settings, result.run_id) == []
 
 
+@pytest.mark.slow
 def test_parameters_that_have_aged_are_searched_anew_before_the_gate_looks(settings, home):
     """The past of the version in production is made to look better than it was."""
     run_id = open_registry(settings).version(NAME, 2).run_id
