@@ -27,6 +27,8 @@ os.environ |= {
     "MPLCONFIGDIR": str(SCRATCH / "matplotlib"),
     "ORT_DISABLE_TELEMETRY": "1",
     "PREFECT_HOME": str(SCRATCH / "prefect"),
+    # as of the local stack: an event can be read back within a second
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "0.5",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
 }
 

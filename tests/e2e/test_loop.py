@@ -72,7 +72,7 @@ def test_nothing_is_served_before_the_first_model(stack: Stack) -> None:
 
 
 def test_the_automations_are_applied_once_however_often(stack: Stack, api: PrefectApi) -> None:
-    assert stack.run("deployments.automations").count("updated: ") == 3
+    assert stack.run("deployments.automations").count("unchanged: ") == 3
     targets = Targets(api_id(api, "retrain/retrain"), api_id(api, "daily/daily"))
     wanted = sorted(each.name for each in automations(targets, None, load_settings()))
     found = httpx.post(f"{stack.prefect_url}/api/automations/filter", json={}).json()
@@ -226,21 +226,16 @@ def test_forecasts_were_logged_and_get_their_actuals(
     assert all(score is not None and score > 0 for score in scores)
 
 
-def test_rollback_by_call_or_command_is_served_at_once(
+def test_rollback_by_call_or_command_is_served(
     stack: Stack, api: PrefectApi, registry: Registry
 ) -> None:
     def is_moved(version: int) -> bool:
         return registry.alias(NAME, PRODUCTION) == version
 
-    called = time.monotonic()
     parameters = {"forecaster": NAME, "version": 1, "why": "an exercise"}
     run_id = api.start("rollback/rollback", parameters)
-    until(lambda: is_moved(1), "the alias to move", 60)
-    moved = time.monotonic()
-    until(lambda: ask(stack)["model_version"] == 1, "the version to be served", 60)
-    served = time.monotonic()
-    assert moved - called < 20
-    assert served - moved < 2
+    until(lambda: is_moved(1), "the alias to move", 120)  # benchmarks.loop measures how soon
+    until(lambda: ask(stack)["model_version"] == 1, "the version to be served", 20)
     api.wait(run_id, 120)
     assert registry.aliases(NAME) == {PRODUCTION: 1, PREVIOUS: 3}
     assert registry.version(NAME, 1).tags["promoted_because"] == "an exercise"

@@ -50,6 +50,7 @@ def test_each_symbol_has_a_forecaster_of_its_own(home, trained):
         }
 
 
+@pytest.mark.slow
 def test_the_same_again_is_unchanged_and_an_earlier_day_is_refused(home, trained):
     with configured(home, **LAX) as settings:
         (again,) = train_each(symbols=["GOOG"], as_of=DAY)

@@ -45,6 +45,12 @@ class Process:
     def log(self) -> str:
         return self.log_path.read_text()
 
+    @property
+    def log_lines(self) -> list[str]:
+        """Whole lines: while one is written a reader may see its beginning."""
+        text = self.log
+        return text[: text.rfind("\n") + 1].splitlines()
+
     def logged(self, text: str) -> bool:
         return text in self.log
 

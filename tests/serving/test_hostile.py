@@ -716,7 +716,7 @@ def test_every_request_is_one_line_of_the_access_log(server):
         assert answer.status_code == status
 
     def lines() -> list[dict[str, Any]]:
-        found = [json.loads(line) for line in server.log.splitlines()]
+        found = [json.loads(line) for line in server.log_lines]
         return [line for line in found if line.get("request_id", "").startswith("line-")]
 
     until(lambda: len(lines()) == len(asked), "the lines")
@@ -730,7 +730,7 @@ def test_every_request_is_one_line_of_the_access_log(server):
 def test_no_line_of_a_log_can_be_forged(server):
     forged = "/v1/forecast/x%0a%7B%22level%22:%22ERROR%22%7D"
     assert server.get(forged).status_code == 404
-    for line in server.log.splitlines():
+    for line in server.log_lines:
         assert json.loads(line)["level"] == "INFO"
 
 

@@ -146,6 +146,7 @@ def limit_files(process: Process, size: int) -> None:
     resource.prlimit(process.popen.pid, resource.RLIMIT_FSIZE, (size, hard))
 
 
+@pytest.mark.slow
 def test_no_room_for_a_version_leaves_what_is_there_until_there_is_room(
     tmp_path, server, proxy, store
 ):

@@ -60,6 +60,7 @@ def test_the_same_data_parameters_and_seed_give_the_same_bytes_in_two_empty_home
     assert first["epochs"] > 1
 
 
+@pytest.mark.slow
 def test_a_fit_that_was_killed_goes_on_to_the_same_bytes(candidates, tmp_path):
     checkpoint = tmp_path / "work" / KEY / CHECKPOINT
     killed = _start(tmp_path)

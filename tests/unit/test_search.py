@@ -166,6 +166,7 @@ with open_study(settings.work_dir / "search" / "key", seed=7, grace=60) as study
 """
 
 
+@pytest.mark.slow  # tests/flows/test_search_resumed.py kills the whole flow
 def test_a_killed_search_goes_on_with_the_trials_it_had(tmp_path):
     (tmp_path / "script.py").write_text(KILLED)
     command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "killed")]
