@@ -33,6 +33,15 @@ def test_evidently_reads_what_was_added(tmp_path, snapshot):
     assert kept.name == "2006-06-30 version 3"
 
 
+def test_earlier_snapshots_are_not_read(tmp_path, snapshot):
+    """They take Evidently seconds, and a damaged one would stop the monitor."""
+    first = workspace.add(tmp_path, "GOOG", date(2006, 6, 1), 1, snapshot)
+    (path,) = tmp_path.rglob(f"{first}.json")
+    path.write_text("{")
+    workspace.add(tmp_path, "GOOG", date(2006, 6, 2), 1, snapshot)
+    assert len(list(tmp_path.rglob("snapshots/*.json"))) == 2
+
+
 def test_what_was_written_first_goes_when_there_is_too_much(tmp_path, snapshot, monkeypatch):
     monkeypatch.setattr(workspace, "MOST_SNAPSHOTS", 2)
     ids = []
