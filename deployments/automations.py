@@ -1,4 +1,8 @@
-"""Prefect automations as code; `python -m deployments.automations` applies them idempotently."""
+"""Prefect automations as code; `python -m deployments.automations` applies them idempotently.
+
+With them come the schedule of `daily`, switched off, and the limit of the queue `training`: both
+are made once, and stay as somebody changes them.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -8,7 +12,9 @@ from uuid import UUID, uuid4
 
 from prefect.blocks.webhook import Webhook
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.actions import CallWebhook, ChangeFlowRunState, RunDeployment
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 from prefect.exceptions import ObjectNotFound
@@ -33,6 +39,10 @@ every 30 seconds (Prefect's default of 180 would make every longer run look lost
 TAG = "perennial"
 """Of our deployments in `prefect.yaml`; runs of others are not judged."""
 WEBHOOK_BLOCK = "perennial-notify"
+DAILY = CronSchedule(cron="0 19 * * 1-5", timezone="America/New_York")
+"""After the close in New York; the flow knows the holidays, and makes up for what was missed."""
+TRAINING = "training"
+"""Work queue of the flows that train, one at a time."""
 RETIRED = ("perennial: drift starts retrain",)
 """Names that earlier versions gave; automations of these names are removed."""
 PAYLOAD = """{
@@ -139,10 +149,10 @@ def _notifications(webhook: UUID, settings: Settings) -> list[AutomationCore]:
     triggers = {
         "no monitor has completed": EventTrigger(
             expect={"prefect.flow-run.Completed"},
-            match_related={
-                "prefect.resource.role": "flow",
-                "prefect.resource.name": "monitor",
-            },
+            match_related=[
+                {"prefect.resource.role": "flow", "prefect.resource.name": "monitor"},
+                _OURS,
+            ],
             posture=Posture.Proactive,
             threshold=1,
             within=timedelta(hours=hours),
@@ -192,8 +202,9 @@ def _each(expect: set[str], **matching: Any) -> EventTrigger:  # noqa: ANN401  (
 def apply(client: SyncPrefectClient, settings: Settings) -> list[str]:
     """Create or update every automation by name; the lines say what was done.
 
-    Those that are no longer wanted are removed: of earlier versions, and the ones that tell where
-    no `notify_url` is set. What was switched off by hand stays off.
+    One that is as it should be is left alone, and goes on waiting for what it waits for. Those that
+    are no longer wanted are removed: of earlier versions, and the ones that tell where no
+    `notify_url` is set. What was switched off by hand stays off.
 
     Raises:
         ServiceError: a deployment that is started is not there yet.
@@ -203,6 +214,7 @@ def apply(client: SyncPrefectClient, settings: Settings) -> list[str]:
     )
     wanted = automations(targets, _webhook(settings.notify_url), settings)
     done = [_put(client, automation) for automation in wanted]
+    done += [*_schedule(client, targets.daily), *_limit(client)]
     known = {*RETIRED, *(each.name for each in automations(targets, uuid4(), settings))}
     for name in sorted(known - {each.name for each in wanted}):
         for found in client.read_automations_by_name(name):
@@ -222,13 +234,41 @@ def _deployment(client: SyncPrefectClient, name: str) -> UUID:
 
 def _put(client: SyncPrefectClient, automation: AutomationCore) -> str:
     found = client.read_automations_by_name(automation.name)
-    if found:
-        client.update_automation(found[0].id, automation)
-    else:
-        client.create_automation(automation)
     for repeated in found[1:]:
         client.delete_automation(repeated.id)
-    return f"{'updated' if found else 'created'}: {automation.name}"
+    if not found:
+        client.create_automation(automation)
+        return f"created: {automation.name}"
+    if _says(found[0]) == _says(automation):  # an update would have it wait from now on
+        return f"unchanged: {automation.name}"
+    client.update_automation(found[0].id, automation)
+    return f"updated: {automation.name}"
+
+
+def _says(automation: AutomationCore) -> dict[str, Any]:
+    """All that is ours to decide."""
+    return automation.model_dump(include=AutomationCore.model_fields.keys() - {"enabled"})
+
+
+def _schedule(client: SyncPrefectClient, daily: UUID) -> list[str]:
+    if client.read_deployment_schedules(daily):
+        return []
+    client.create_deployment_schedules(
+        daily, [DeploymentScheduleCreate(schedule=DAILY, active=False)]
+    )
+    return [f"created: schedule of daily ({DAILY.cron} {DAILY.timezone}), to be switched on"]
+
+
+def _limit(client: SyncPrefectClient) -> list[str]:
+    """One training at a time, where nobody has set another limit."""
+    deployed = client.read_deployment_by_name("retrain/retrain")
+    if deployed.work_queue_name != TRAINING:  # somebody deploys it elsewhere
+        return []
+    queue = client.read_work_queue_by_name(TRAINING, deployed.work_pool_name)
+    if queue.concurrency_limit is not None:
+        return []
+    client.update_work_queue(queue.id, concurrency_limit=1)
+    return [f"limited: one run at a time of the work queue {TRAINING}"]
 
 
 def _webhook(url: SecretStr) -> UUID | None:

@@ -24,6 +24,7 @@ from deployments.report import Facts, Happening, collect, write_report
 from deployments.stack import Stack
 from forecasting import datasets, outcomes
 from forecasting.errors import PerennialError, ServiceError
+from forecasting.events import DriftDetected, PerformanceDegraded
 from forecasting.sessions import sessions_between
 from forecasting.settings import Settings, load_settings
 from forecasting.store import open_engine
@@ -158,18 +159,19 @@ class Demo:
             return
         api.wait(self.monitors[-1], 180)
         # Every event that was delivered starts one retrain through the automation.
-        expected = len(api.events("perennial.drift.detected"))
+        kinds = (DriftDetected, PerformanceDegraded)
+        expected = sum(len(api.events(kind.name)) for kind in kinds)
         deadline = time.monotonic() + 60
         while len(runs := api.runs("retrain")) < expected:
             if time.monotonic() > deadline:
                 raise ServiceError(
-                    f"{expected} drift events but {len(runs)} retrain runs: look at the "
+                    f"{expected} events but {len(runs)} retrain runs: look at the "
                     f"automations at {self.stack.prefect_url}/automations"
                 )
             time.sleep(0.25)
         for run in runs:
             if run.id not in self.seen_retrains:
-                self.say(f"  drift: retrain {run.name} was started by {run.creator.lower()}")
+                self.say(f"  retrain {run.name} was started by {run.creator.lower()}")
                 ended = api.wait(run.id, 300)
                 self.seen_retrains.add(run.id)
                 self.say(f"  retrain {run.name}: {ended.state.lower()} in {ended.seconds:.0f} s")

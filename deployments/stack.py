@@ -130,6 +130,9 @@ class Stack:
             "PREFECT_HOME": str(self.home / "prefect"),
             "PREFECT_LOCAL_STORAGE_PATH": str(self.home / "prefect" / "storage"),
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            # every flow waits for its event to be readable; as patient as the default, 5 x 5 s
+            "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "0.5",
+            "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_MAX_FLUSH_RETRIES": "50",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_WORKER_PREFETCH_SECONDS": "5",
             "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",

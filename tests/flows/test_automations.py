@@ -18,6 +18,7 @@ import pytest
 import yaml
 from prefect import Flow, flow, tags
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events.actions import ChangeFlowRunState, RunDeployment
@@ -30,9 +31,11 @@ from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.states import Crashed
 
 from deployments.automations import (
+    DAILY,
     HEARTBEAT_SECONDS,
     RETIRED,
     TAG,
+    TRAINING,
     WEBHOOK_BLOCK,
     Targets,
     apply,
@@ -119,7 +122,7 @@ def test_applied_twice_there_is_one_of_each(client: SyncPrefectClient, targets: 
     ):
         apply(client, settings)
         first = ours(client)
-        assert apply(client, settings) == [f"updated: {name}" for name in names]
+        assert apply(client, settings) == [f"unchanged: {name}" for name in names]
         again = ours(client)
         assert [each.id for each in again] == [each.id for each in first]
         assert [without_id(each) for each in again] == [without_id(each) for each in first]
@@ -160,7 +163,8 @@ def test_a_changed_one_is_put_back(client: SyncPrefectClient, targets: Targets) 
         changed = other.model_copy(update={"name": each.name, "description": "by hand"})
         client.update_automation(each.id, changed)
     assert [without_id(each) for each in ours(client)] != [without_id(each) for each in before]
-    apply(client, load_settings())
+    done = apply(client, load_settings())
+    assert done == [f"updated: {name}" for name in (RETRAIN, CHAIN, CRASHED)]
     assert [without_id(each) for each in ours(client)] == [without_id(each) for each in before]
 
 
@@ -168,8 +172,11 @@ def test_one_that_was_switched_off_by_hand_stays_off(
     client: SyncPrefectClient, targets: Targets
 ) -> None:
     apply(client, load_settings())
-    client.pause_automation(ours(client)[0].id)
-    apply(client, load_settings())
+    found = ours(client)[0]
+    changed = automations(targets, None, load_settings())[0]
+    client.update_automation(found.id, changed.model_copy(update={"description": "by hand"}))
+    client.pause_automation(found.id)
+    assert f"updated: {RETRAIN}" in apply(client, load_settings())
     assert [each.enabled for each in ours(client)] == [False, True, True]
 
 
@@ -315,10 +322,44 @@ def test_an_entry_point_is_a_flow_of_a_module(deployment: dict[str, str]) -> Non
     assert deployment["description"]
 
 
-def test_schedules_wait_until_they_are_switched_on() -> None:
-    schedules = [each for found in DEPLOYMENTS for each in found.get("schedules", [])]
-    assert schedules
-    assert not any(each["active"] for each in schedules)
+def test_the_schedule_waits_until_it_is_switched_on_and_stays_so(
+    client: SyncPrefectClient, targets: Targets
+) -> None:
+    """One in `prefect.yaml` would be switched off by each deploy."""
+    assert not any(found.get("schedules") for found in DEPLOYMENTS)
+    assert "created: schedule of daily" in "".join(apply(client, load_settings()))
+    (made,) = client.read_deployment_schedules(targets.daily)
+    assert (made.active, made.schedule) == (False, DAILY)
+    client.update_deployment_schedule(targets.daily, made.id, active=True)
+    apply(client, load_settings())
+    (kept,) = client.read_deployment_schedules(targets.daily)
+    assert (kept.id, kept.active) == (made.id, True)
+
+
+def test_one_training_runs_at_a_time_without_a_lease(client: SyncPrefectClient) -> None:
+    """Prefect cancels a run that pauses for an approval if its deployment has a limit."""
+    pool = client.create_work_pool(WorkPoolCreate(name="somewhere", type="process"))
+    queue = client.create_work_queue(TRAINING, work_pool_name=pool.name)
+    for each in (retrain, daily):
+        client.create_deployment(
+            client.create_flow(each),
+            each.name,
+            work_pool_name=pool.name,
+            work_queue_name=TRAINING if each is retrain else None,
+        )
+    try:
+        apply(client, load_settings())
+        assert client.read_work_queue(queue.id).concurrency_limit == 1
+        client.update_work_queue(queue.id, concurrency_limit=3)
+        apply(client, load_settings())
+        assert client.read_work_queue(queue.id).concurrency_limit == 3
+    finally:
+        client.delete_work_pool(pool.name)
+    pauses = [each for each in DEPLOYMENTS if each["name"] in ("train", "train-each", "retrain")]
+    assert len(pauses) == 3
+    for each in pauses:
+        assert "concurrency_limit" not in each
+        assert each["work_pool"]["work_queue_name"] == TRAINING
 
 
 # what the server does ----------------------------------------------------------------------------
