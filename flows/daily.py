@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import date
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, tags
 from prefect.runtime import flow_run
 from pydantic import BaseModel
 from sqlalchemy import Engine
@@ -62,6 +62,7 @@ def daily(
     result = DailyResult(until=until)
     with (
         telling(settings),
+        tags(*flow_run.tags),  # what runs inside has none of its own, and is judged by them
         market_days.one_round_at_a_time(settings),
         engine_of(settings.sql_url) as engine,
     ):
@@ -90,11 +91,13 @@ def _one_day(
     served = {symbol for held in in_production(open_registry(settings)) for symbol in held.symbols}
     for symbol in symbols:
         if symbol in served:
-            _watch(symbol, day, result)
+            _watch(symbol, day, newest, result)
         else:
             result.notes.append(f"{day}: {symbol} has no version in production.")
     ready = [each for each in symbols if not (newest and each in late)]
-    _forecast([each for each in ready if each in served and each not in late], day, result)
+    if ready:  # with those that an earlier round did: the file of a day holds all its forecasts
+        whole = sorted({*market_days.done_on(engine, day), *ready} - set(late))
+        _forecast([each for each in whole if each in served], day, result)
     if newest:
         result.waiting = late
     else:
@@ -104,9 +107,9 @@ def _one_day(
         result.done.append(day)
 
 
-def _watch(symbol: str, day: date, result: DailyResult) -> None:
+def _watch(symbol: str, day: date, newest: bool, result: DailyResult) -> None:
     try:
-        monitor(symbol=symbol, as_of=day)
+        monitor(symbol=symbol, as_of=day, alarms=newest)
     except HistoryError as error:  # production was trained later: it has nothing to learn there
         result.notes.append(f"{day}: {symbol} was not monitored. {error}")
 

@@ -17,7 +17,7 @@ from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
-from tasks.events import deliver_events
+from tasks.events import telling
 from tasks.monitor import (
     alarm,
     check_days,
@@ -68,7 +68,10 @@ class MonitorResult(BaseModel):
 @flow(name="monitor")
 @accounted
 def monitor(
-    symbol: str = "GOOG", as_of: date | None = None, since: date | None = None
+    symbol: str = "GOOG",
+    as_of: date | None = None,
+    since: date | None = None,
+    alarms: bool = True,
 ) -> MonitorResult:
     """Check for drift on `as_of`, and catch up on the weekly checks missed since the last one.
 
@@ -82,6 +85,8 @@ def monitor(
         symbol: whose prices, and whose forecaster: its own or one that serves it with others.
         as_of: the day it pretends to be; today if absent.
         since: checks after this day are made up for; the last recorded check if absent.
+        alarms: whether drift and degraded forecasts are told; false for a day that is made up for,
+            of which a later day says what is true now.
 
     Raises:
         RegistryError: nothing is in production yet.
@@ -99,14 +104,15 @@ def monitor(
         )
     seen = MonitorResult(symbol=symbol, as_of=day, version=version, summary="", joined=0)
     md5 = datasets.find(settings).md5  # one version for all steps, whatever is ingested meanwhile
-    with engine_of(settings.sql_url) as engine:
+    with telling(settings), engine_of(settings.sql_url) as engine:
         seen.faults = find_faults(settings, engine, symbol, day, md5)
         seen.joined = join_actuals(settings, engine, symbol, day, md5)
         after = since or last_check(engine, symbol)
         session = last_known(settings, symbol, day, md5)
         days = check_days(after, session)
         if days:
-            _check(settings, registry, engine, contract, seen, md5, days, after)
+            tells = alarms and not seen.faults
+            _check(settings, registry, engine, contract, seen, md5, days, after, tells)
         else:
             seen.summary = (
                 f"Nothing to check: on {day} no prices of {symbol} after {after} are known."
@@ -114,7 +120,6 @@ def monitor(
         if not seen.faults:  # nobody is judged by prices that cannot be right
             scene = Scene(settings, registry, engine, forecaster, symbols, day, session, md5)
             seen.probation = watch(scene)
-    deliver_events(settings)
     get_run_logger().info(seen.summary)
     return seen
 
@@ -128,6 +133,7 @@ def _check(
     md5: str,
     days: Sequence[date],
     after: date | None,
+    tells: bool,
 ) -> None:
     """Look at prices and forecasts, tell and record it; what was seen is filled in."""
     symbol, version = seen.symbol, seen.version
@@ -137,8 +143,13 @@ def _check(
     seen.checks = len(verdicts)
     fares, logged = score_forecasts(settings, engine, contract, version, symbol, seen.as_of, md5)
     seen.performance, seen.degraded, seen.evidence = fares.summary(), fares.degraded, fares.evidence
-    answered = Served([], [])
     is_new = newest.drifted and not was_alarmed(engine, contract, version, symbol, after)
+    known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
+    if newest.drifted and not known and tells:  # before any page, which may fail
+        seen.event_id = alarm(engine, contract, version, symbol, newest)
+    if fares.degraded and tells:
+        seen.degraded_event_id = alarm_degraded(engine, fares)
+    answered = Served([], [])
     if is_new or page_due(settings.report_days, after, newest.recent_end):
         answered = watch_served(
             settings, registry, engine, contract, version, symbol, seen.as_of, md5, logged
@@ -149,11 +160,6 @@ def _check(
         )
         keep_snapshot(settings, version, symbol, newest.recent_end, snapshot)
     record_scores(engine, contract, version, symbol, verdicts, fares, answered)
-    known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
-    if newest.drifted and not known and not seen.faults:
-        seen.event_id = alarm(engine, contract, version, symbol, newest)
-    if fares.degraded and not seen.faults:
-        seen.degraded_event_id = alarm_degraded(engine, fares)
     record_checks(
         engine,
         contract,

@@ -19,8 +19,8 @@ from forecasting.store import exclude_writers, now, retrains
 
 COUNTED = ("promoted", "refused", "unchanged", "rolled-back")
 """States that start a cooldown; a failed or skipped retrain does not."""
-LOST_AFTER = timedelta(hours=3)
-"""A retrain that runs longer was killed: its steps have timeouts of an hour each."""
+LOST_AFTER = timedelta(hours=5)
+"""A retrain that runs longer was killed: the timeouts of its steps add up to less than four."""
 WEEK = timedelta(days=7)
 
 

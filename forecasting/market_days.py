@@ -47,6 +47,13 @@ def last_done(engine: Engine, symbol: str) -> date | None:
         return connection.execute(query).scalar_one_or_none()
 
 
+def done_on(engine: Engine, day: date) -> list[str]:
+    """Symbols whose round has done that session."""
+    query = select(market_days.c.symbol).where(market_days.c.day == day)
+    with engine.connect() as connection:
+        return list(connection.execute(query).scalars())
+
+
 def record(
     engine: Engine, symbols: Sequence[str], day: date, prices_md5: str, flow_run_id: str
 ) -> None:

@@ -25,7 +25,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from forecasting import audit, metrics
 from forecasting.sequential import wealth
 from forecasting.sessions import sessions_after, sessions_between
-from forecasting.store import now, predictions, probations, promotions
+from forecasting.store import exclude_writers, now, predictions, probations, promotions
 
 State = Literal["watching", "passed", "rolled-back", "superseded"]
 LEAST_SCALE = 0.5
@@ -299,6 +299,12 @@ def begin(engine: Engine, newest: Replacement, trained: date, today: date, days:
         connection.execute(dialect.insert(probations).values(line).on_conflict_do_nothing())
 
 
+def _is_overtaken(evidence: dict[str, Any], there: Probation) -> bool:
+    """Whether what was written meanwhile counts for more: a condemnation, or a later day's look."""
+    later = str(there.evidence.get("as_of", "")) > str(evidence.get("as_of", ""))
+    return there.condemned or (later and not evidence.get("worse"))
+
+
 def record(
     engine: Engine,
     watched: Probation,
@@ -306,13 +312,18 @@ def record(
     who: str,
     evidence: dict[str, Any] | None = None,
 ) -> Probation:
-    """Write down a look, or an end; the line afterwards. One that has ended stays as it is.
+    """Write down a look, or an end; the line afterwards. One that has ended stays as it is, and so
+    does what a look at a later day found, or that it condemned the version.
 
     An end is a line of the audit as well, by `who`.
     """
     own = probations.c.id == watched.id
     told = {} if evidence is None else {"evidence": evidence}
     with engine.begin() as connection:
+        exclude_writers(connection, probations)
+        there = _as_probation(connection.execute(select(probations).where(own)).one())
+        if evidence is not None and _is_overtaken(evidence, there):
+            return there
         changed = connection.execute(
             update(probations)
             .where(own, probations.c.state == "watching")

@@ -107,7 +107,7 @@ retrains = Table(
         "state",
         String(16),
         nullable=False,
-        comment="running|promoted|refused|unchanged|failed|skipped",
+        comment="running|promoted|refused|unchanged|failed|skipped|rolled-back",
     ),
     Column("reason", Text, nullable=False, default=""),
     Column("cpu_seconds", Float, nullable=True, comment="spent; None while it runs"),

@@ -79,7 +79,8 @@ def score_forecasts(
     frame = datasets.load_frame(settings, symbol, as_of, md5)
     of = (symbol, contract.forecaster, version)
     logged = performance.read_log(engine, *of, frame, as_of, since=contract.as_of)
-    found = performance.judge(logged, *of, as_of, settings.performance_alpha)
+    alpha = settings.performance_alpha / len(contract.symbols)  # each symbol is a watch of its own
+    found = performance.judge(logged, *of, as_of, alpha)
     if found.rolling:
         create_table_artifact(found.table(), key="performance", description=found.summary())
     get_run_logger().info(found.summary())

@@ -18,7 +18,13 @@ from sqlalchemy import Engine
 from forecasting import batch, datasets, ledger, outcomes, probation, promotion
 from forecasting.assignment import version_of
 from forecasting.batch import Batch
-from forecasting.errors import ModelError, OvertakenError, RegistryError
+from forecasting.errors import (
+    ContractError,
+    ModelError,
+    OvertakenError,
+    RegistryError,
+    ServiceError,
+)
 from forecasting.probation import Probation
 from forecasting.registry import PRODUCTION, Registry
 from forecasting.sessions import count_sessions, sessions_between
@@ -185,6 +191,10 @@ def roll_back(scene: Scene, watched: Probation) -> str:
     except OvertakenError as error:
         probation.record(scene.engine, watched, "superseded", who())
         return f"The probation of version {watched.version} was superseded: {error}"
+    except (ServiceError, ContractError) as error:  # the next look tries again; the day goes on
+        told = f"{_told(watched)} It could not be rolled back: {error}"
+        get_run_logger().error(told)
+        return told
     return record_rollback(scene, watched)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -22,9 +23,13 @@ from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from sqlalchemy import Table, select
 from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
 
+from forecasting import datasets
+from forecasting.registry import PRODUCTION, open_registry
 from forecasting.settings import PREFIX, Settings, load_settings
 from forecasting.store import engine_of
+from tests.models import write_model_folder
 
+NAME = "perennial-goog"
 QUICK = {
     "trials": 2,
     "epochs": 2,
@@ -46,6 +51,17 @@ def configured(home: Path, **changes: object) -> Iterator[Settings]:
             environment.setenv(f"{PREFIX}{name.upper()}", str(value))
         with temporary_settings({PREFECT_LOCAL_STORAGE_PATH: home / "results"}):
             yield load_settings()
+
+
+def put_into_production(home: Path, trained: date) -> Settings:
+    """A version for GOOG whose prices are known up to `trained`, without any training."""
+    settings = load_settings(home=home, server_url="")
+    md5 = datasets.ingest(settings, ["GOOG"], trained).md5
+    registry = open_registry(settings)
+    run_id = registry.start_run("trained", {})
+    write_model_folder(home / "model", run_id=run_id, dataset_md5=md5, as_of=trained)
+    registry.set_alias(NAME, PRODUCTION, registry.register(home / "model", NAME, run_id))
+    return settings
 
 
 # --- MLflow ----------------------------------------------------------------------------------

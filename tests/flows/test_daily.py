@@ -12,18 +12,19 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as parquet
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
+from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL
 
 from flows.daily import DailyResult, daily
 from forecasting import datasets
 from forecasting.errors import BadPricesError
-from forecasting.registry import PRODUCTION, open_registry
 from forecasting.sessions import sessions_between
-from forecasting.settings import Settings, load_settings
+from forecasting.settings import Settings
 from forecasting.store import checks, market_days, outbox, predictions
 from tests import series
-from tests.flows.support import QUICK, configured, rows_of
-from tests.models import write_model_folder
+from tests.flows.support import QUICK, configured, put_into_production, rows_of
 from tests.serving.running import until
 
 NAME = "perennial-goog"
@@ -57,12 +58,7 @@ class Feed:
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prices, and a version in production that was trained before the days of the tests."""
     made = tmp_path_factory.mktemp("daily")
-    settings = load_settings(home=made, server_url="")
-    md5 = datasets.ingest(settings, ["GOOG"], TRAINED).md5
-    registry = open_registry(settings)
-    run_id = registry.start_run("trained", {})
-    write_model_folder(made / "model", run_id=run_id, dataset_md5=md5, as_of=TRAINED)
-    registry.set_alias(NAME, PRODUCTION, registry.register(made / "model", NAME, run_id))
+    put_into_production(made, TRAINED)
     return made
 
 
@@ -130,6 +126,18 @@ def test_a_killed_round_is_taken_up_on_the_day_that_it_was_in(settings):
     assert done(settings) == origins(settings) == expected
     checked = [row["as_of"] for row in rows_of(settings, checks, "as_of")]
     assert checked == expected
+
+
+def test_what_runs_inside_has_the_tags_by_which_our_runs_are_judged(settings):
+    """The automations hear of a run by its tag; Prefect gives a nested run none of its own."""
+    asked = {"symbols": ["GOOG"], "as_of": FRIDAY}
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run(daily, parameters=asked, tags=["ours"])
+        run_flow(daily, flow_run=run, parameters=asked)
+        wanted = FlowRunFilterParentFlowRunId(any_=[run.id])
+        inside = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=wanted))
+    assert len(inside) == 2
+    assert all(each.tags == ["ours"] for each in inside)
 
 
 def test_what_nobody_serves_is_ingested_and_said(settings):

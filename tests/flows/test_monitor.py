@@ -6,7 +6,7 @@ a dataset version that is really there.
 
 import json
 from collections.abc import Iterator
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from statistics import NormalDist
 from uuid import UUID
@@ -23,13 +23,18 @@ from forecasting.drift import FEATURES, SHIFT
 from forecasting.errors import HistoryError, RegistryError
 from forecasting.events import DriftDetected
 from forecasting.predictions import Spool
-from forecasting.registry import PRODUCTION, open_registry
 from forecasting.sessions import sessions_between
-from forecasting.settings import Settings, load_settings
+from forecasting.settings import Settings
 from forecasting.store import checks, engine_of, outbox, scores
 from tasks.monitor import check_days
-from tests.flows.support import client_of, configured, flow_artifacts, kept, rows_of
-from tests.models import write_model_folder
+from tests.flows.support import (
+    client_of,
+    configured,
+    flow_artifacts,
+    kept,
+    put_into_production,
+    rows_of,
+)
 from tests.predictions import make_prediction
 
 NAME = "perennial-goog"
@@ -44,14 +49,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prices up to the crash, and a version in production that was trained before it."""
     made = tmp_path_factory.mktemp("monitor")
-    settings = load_settings(home=made, server_url="")
-    datasets.ingest(settings, ["GOOG"], TRAINED)
-    md5 = datasets.find(settings).md5
-    datasets.ingest(settings, ["GOOG"], CRASH)
-    registry = open_registry(settings)
-    run_id = registry.start_run("trained", {})
-    write_model_folder(made / "model", run_id=run_id, dataset_md5=md5, as_of=TRAINED)
-    registry.set_alias(NAME, PRODUCTION, registry.register(made / "model", NAME, run_id))
+    datasets.ingest(put_into_production(made, TRAINED), ["GOOG"], CRASH)
     return made
 
 
@@ -113,6 +111,18 @@ def test_a_crash_is_drift_and_its_event_reaches_prefect(settings):
         "volatility": None,
         "dataset_md5": datasets.versions(settings)[-1].md5,
     }
+
+
+def test_a_day_that_is_made_up_for_tells_nobody_and_is_looked_at_again(settings):
+    """A later day of the same round says what is true now."""
+    eve = sessions_between(CRASH - timedelta(days=7), CRASH)[-2]
+    made_up = monitor(symbol="GOOG", as_of=eve, alarms=False)
+    assert (made_up.drifted, made_up.event_id) == (True, None)
+    assert rows_of(settings, outbox) == []
+    newest = monitor(symbol="GOOG", as_of=CRASH)
+    (row,) = rows_of(settings, outbox)
+    assert UUID(row["id"]) == newest.event_id
+    assert row["payload"]["as_of"] == CRASH.isoformat()
 
 
 def test_check_days():

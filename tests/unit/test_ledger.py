@@ -125,7 +125,7 @@ def test_a_killed_retrain_does_not_block_its_symbol_for_ever(engine):
         rows = {row.id: row for row in connection.execute(select(retrains))}
     assert (rows[lost].state, rows[lost].reason) == (
         "failed",
-        "lost: it did not end within 3:00:00",
+        f"lost: it did not end within {ledger.LOST_AFTER}",
     )
     assert rows[other].state == "running"
 
@@ -137,7 +137,7 @@ def test_one_that_waits_for_a_person_is_not_lost(engine, settings):
     ledger.claim(engine, flow_run_id="waits", limits=limits, **asked)
     moved_back(engine, timedelta(hours=26))
     assert "one at a time" in ledger.claim(engine, flow_run_id="a", limits=limits, **asked).reason
-    moved_back(engine, timedelta(hours=28))
+    moved_back(engine, ledger.LOST_AFTER + timedelta(hours=25))
     assert not ledger.claim(engine, flow_run_id="b", limits=limits, **asked).skipped
 
 

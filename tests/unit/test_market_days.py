@@ -41,6 +41,9 @@ def test_a_day_recorded_twice_is_one_day(engine):
     assert market_days.last_done(engine, "GOOG") == FRIDAY
     assert market_days.last_done(engine, "IBM") is None
     assert market_days.due(engine, ["GOOG"], FRIDAY) == []
+    record(engine, FRIDAY, "IBM")
+    assert sorted(market_days.done_on(engine, FRIDAY)) == ["GOOG", "IBM"]
+    assert market_days.done_on(engine, AFTER[0]) == []
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,20 @@ def test_a_version_that_was_watched_before_is_watched_from_today(engine):
     assert (first.started, second.started) == (date(2008, 1, 4), date(2008, 1, 9))
 
 
+def test_a_look_takes_back_nothing_that_a_later_one_found(engine):
+    """Two rounds at once: one makes up for a missed day while the other looks at today."""
+    probation.begin(engine, Replacement("x", NAME, 2, 1), START, START, DAYS)
+    (watched,) = probation.watching(engine, NAME)
+    today = {"worse": False, "as_of": "2008-01-09", "summary": "today"}
+    assert probation.record(engine, watched, "watching", "me", today).evidence == today
+    earlier = {"worse": False, "as_of": "2008-01-08", "summary": "earlier"}
+    assert probation.record(engine, watched, "passed", "me", earlier).evidence == today
+    condemned = {"worse": True, "as_of": "2008-01-10", "summary": "bad"}
+    probation.record(engine, watched, "watching", "me", condemned)
+    after = probation.record(engine, watched, "passed", "me", today | {"as_of": "2008-01-11"})
+    assert (after.state, after.evidence) == ("watching", condemned)
+
+
 def test_what_has_ended_stays_as_it_is(engine):
     probation.begin(engine, Replacement("x", NAME, 2, 1), START, START, DAYS)
     (watched,) = probation.watching(engine, NAME)
