@@ -27,6 +27,12 @@ python -m deployments.record costs --since 2026-11-01
 """
 CPU_HOUR_DOLLARS = 0.025
 """A virtual CPU for an hour: half of an ml.t3.medium, $0.05 with two (the first of `MANAGED`)."""
+MACHINE = (
+    "a machine for server, Prefect and MLflow, always on (t3.medium on demand)",
+    "$30",
+    "https://hacecuentas.com/en/costo-servidor-cloud-aws-ec2-mensual (2026-04-17)",
+)
+"""What the loop runs on: a published price, source and date."""
 MANAGED = (
     (
         "Amazon SageMaker, real-time endpoint on ml.t3.medium, all month",
@@ -129,11 +135,11 @@ def _month(runs: pd.DataFrame, found: pd.DataFrame) -> Table:
         title="One month of this loop, and of others",
     )
     table.add_row(
-        f"this loop's flows, 21 market days: {minutes:.0f} CPU minutes",
+        f"this loop's flows, 21 market days: {minutes:.1f} CPU minutes",
         f"${minutes / 60 * CPU_HOUR_DOLLARS:.2f}",
         f"{days} day(s) on record, at ${CPU_HOUR_DOLLARS} a CPU hour",
     )
-    for row in MANAGED:
+    for row in (MACHINE, *MANAGED):
         table.add_row(*row)
     return table
 

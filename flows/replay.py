@@ -93,9 +93,11 @@ def _play(
 ) -> str:
     """One market day. Each of its parts may be repeated after a crash and changes nothing then."""
     results = settings.home / "results"
-    with metered() as meter, plain(run_id(policy.name, DAY, day), results):
-        forecast.fn([symbol], as_of=day, output=str(settings.home / "forecast.parquet"))
-        monitor.fn(symbol, as_of=day)
+    with metered() as meter, plain(run_id(policy.name, DAY, day), results, policy.name):
+        # a retrain has begun in a process that was killed, and the day may have a new version
+        if not lines.has_begun(engine, run_id(policy.name, RETRAIN, day)):
+            forecast.fn([symbol], as_of=day, output=str(settings.home / "forecast.parquet"))
+            monitor.fn(symbol, as_of=day)
     told = events.pending(engine)
     trigger = policy.trigger(position, day, told)
     outcome = _retrain(settings, engine, symbol, policy, day, trigger) if trigger else ""
@@ -109,6 +111,6 @@ def _retrain(
     identity = run_id(policy.name, RETRAIN, day)
     if lines.is_settled(engine, identity):
         return "settled before"
-    with plain(identity, settings.home / "results"):
+    with plain(identity, settings.home / "results", policy.name):
         result = retrain.fn(symbol, as_of=day, trigger=trigger)
     return f"{result.outcome}: {' '.join(result.reasons)}"

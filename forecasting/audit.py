@@ -73,7 +73,7 @@ def read(
     if subject is not None:
         query = query.where(audit.c.subject == subject)
     if since is not None:
-        query = query.where(audit.c.at >= since)
+        query = query.where(audit.c.at >= since.astimezone(UTC))
     with engine.connect() as connection:
         for row in connection.execute(query).mappings():
             yield Entry(**{**row, "at": _aware(row["at"])})

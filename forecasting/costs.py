@@ -2,15 +2,18 @@
 
 CPU time is that of the process and of all that it started, Ray's workers and killed ones included
 as far as the operating system still tells: `usage` adds up what the process and its ended children
-used and what its living descendants have used so far.
+used and what its living descendants have used so far. A flow that runs inside another has a line of
+its own, and the outer one's has what is left: lines add up.
 """
 
+import logging
 import os
 import resource
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -18,8 +21,15 @@ from pathlib import Path
 import pandas as pd
 import psutil
 from sqlalchemy import Engine, insert, select
+from sqlalchemy.exc import SQLAlchemyError
 
 from forecasting.store import costs, now
+
+_log = logging.getLogger(__name__)
+
+
+WHOLE = "day"
+"""Line of a replay for a market day: it holds what the lines of the flows in it hold."""
 
 
 @dataclass
@@ -28,9 +38,9 @@ class Spent:
 
     Attributes:
         outcome: such as `promoted`; `failed` where the run raised.
-        wall_seconds: from its start to its end.
-        cpu_seconds: of the process and its children.
-        bytes: that the home grew by; negative if it shrank.
+        wall_seconds: from its start to its end, less what ran inside it.
+        cpu_seconds: of the process and its children, less the same.
+        bytes: that the home grew by, negative if it shrank; of the outermost run alone.
     """
 
     outcome: str = "done"
@@ -61,6 +71,17 @@ def size(folder: Path) -> int:
     return total
 
 
+@dataclass
+class _Inside:
+    """What measured runs inside of this one took."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+
+_inside: ContextVar[_Inside | None] = ContextVar("inside", default=None)
+
+
 @contextmanager
 def measured(
     engine: Engine,
@@ -74,6 +95,8 @@ def measured(
 ) -> Iterator[Spent]:
     """Measure what runs inside, and write it down whether it ends well or not.
 
+    What cannot be written is a line of the log: what was done stands.
+
     Args:
         engine: from `store.open_engine`.
         home: whose growth is measured.
@@ -83,40 +106,47 @@ def measured(
         flow_run_id: of Prefect.
         policy: of a replay; empty otherwise.
     """
-    spent, started_at = Spent(), now()
-    began, cpu, before = time.monotonic(), usage(), size(home)
+    spent, started_at, outer, inner = Spent(), now(), _inside.get(), _Inside()
+    token = _inside.set(inner)
+    began, cpu, before = time.monotonic(), usage(), 0 if outer else size(home)
     try:
         yield spent
     except BaseException:
         spent.outcome = "failed"
         raise
     finally:
-        spent.wall_seconds = time.monotonic() - began
-        spent.cpu_seconds = max(0.0, usage() - cpu)
-        spent.bytes = size(home) - before
-        with engine.begin() as connection:
-            connection.execute(
-                insert(costs).values(
-                    id=str(uuid.uuid4()),
-                    flow=flow,
-                    flow_run_id=flow_run_id,
-                    symbol=symbol,
-                    as_of=as_of,
-                    policy=policy,
-                    outcome=spent.outcome,
-                    wall_seconds=spent.wall_seconds,
-                    cpu_seconds=spent.cpu_seconds,
-                    bytes=spent.bytes,
-                    started_at=started_at,
-                )
-            )
+        _inside.reset(token)
+        wall, used = time.monotonic() - began, max(0.0, usage() - cpu)
+        if outer:
+            outer.wall, outer.cpu = outer.wall + wall, outer.cpu + used
+        spent.wall_seconds = max(0.0, wall - inner.wall)
+        spent.cpu_seconds = max(0.0, used - inner.cpu)
+        spent.bytes = 0 if outer else size(home) - before
+        line = {
+            "id": str(uuid.uuid4()),
+            "flow": flow,
+            "flow_run_id": flow_run_id,
+            "symbol": symbol,
+            "as_of": as_of,
+            "policy": policy,
+            "outcome": spent.outcome,
+            "wall_seconds": spent.wall_seconds,
+            "cpu_seconds": spent.cpu_seconds,
+            "bytes": spent.bytes,
+            "started_at": started_at,
+        }
+        try:
+            with engine.begin() as connection:
+                connection.execute(insert(costs).values(line))
+        except SQLAlchemyError as error:
+            _log.warning("What %s cost is not written down: %s", flow, error)
 
 
 def read(engine: Engine, since: datetime | None = None) -> pd.DataFrame:
     """One row a run, in the order of their starts; columns as of the table `costs`."""
     query = select(costs).order_by(costs.c.started_at)
     if since is not None:
-        query = query.where(costs.c.started_at >= since)
+        query = query.where(costs.c.started_at >= since.astimezone(UTC))
     with engine.connect() as connection:
         rows = connection.execute(query).mappings().all()
     table = pd.DataFrame(rows, columns=list(costs.columns.keys()))
@@ -131,8 +161,8 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         table: as `read` returns.
 
     Returns:
-        Index: flow, with `all` at the end. Columns: `runs`, `failed`, `wall_minutes`,
-        `cpu_minutes`, `megabytes`.
+        Index: flow, with `all` at the end, in which nothing counts twice. Columns: `runs`,
+        `failed`, `wall_minutes`, `cpu_minutes`, `megabytes`.
     """
     shown = pd.DataFrame(
         {
@@ -145,7 +175,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         }
     )
     by_flow = shown.groupby("flow").sum()
-    total = shown.drop(columns="flow").sum().to_frame("all").T
+    total = shown[shown["flow"] != WHOLE].drop(columns="flow").sum().to_frame("all").T
     joined = pd.concat([by_flow, total])
     return joined.astype({"runs": int, "failed": int})
 

@@ -18,14 +18,17 @@ from sqlalchemy import Engine, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from forecasting import metrics, outcomes
+from forecasting.costs import WHOLE
 from forecasting.events import DriftDetected, Outgoing, PerformanceDegraded
 from forecasting.metrics import BASIS_POINTS, Array
 from forecasting.store import costs, now, outbox, probations, retrains
 
 MONTH, QUARTER = 21, 63
 """Market days; longer than the cooldown that is set by default."""
-DAY, RETRAIN = "day", "retrain"
+DAY, RETRAIN = WHOLE, "retrain"
 """Lines of `costs`: of a market day without its retrain, and of a retrain."""
+NOT_RUN = ("skipped", "running", "rolled-back")
+"""States of the ledger that are no retrain; the last holds one back after a rollback."""
 SOURCES = ("batch",)
 """How the forecasts of a replay came to be."""
 LAG = 20
@@ -108,6 +111,13 @@ def last_day(engine: Engine) -> date | None:
     with engine.connect() as connection:
         query = select(func.max(costs.c.as_of)).where(costs.c.flow == DAY)
         return connection.execute(query).scalar_one_or_none()
+
+
+def has_begun(engine: Engine, flow_run_id: str) -> bool:
+    """Whether a retrain was asked for, whatever came of it."""
+    query = select(retrains.c.id).where(retrains.c.flow_run_id == flow_run_id)
+    with engine.connect() as connection:
+        return connection.execute(query).first() is not None
 
 
 def is_settled(engine: Engine, flow_run_id: str) -> bool:
@@ -221,20 +231,23 @@ def summarise(engine: Engine, policy: str, symbol: str) -> Summary:
     with engine.connect() as connection:
         spent = pd.read_sql(select(costs).order_by(costs.c.as_of), connection)
         ledger = connection.execute(
-            select(retrains.c.as_of, retrains.c.state).order_by(retrains.c.created_at)
+            select(retrains.c.as_of, retrains.c.state, retrains.c.flow_run_id).order_by(
+                retrains.c.created_at
+            )
         ).all()
         undone = connection.execute(
             select(func.count()).select_from(probations).where(probations.c.state == "rolled-back")
         ).scalar_one()
     days, trained = spent[spent["flow"] == DAY], spent[spent["flow"] == RETRAIN]
-    states = [state for _, state in ledger]
+    ran = [line for line in ledger if line.state not in NOT_RUN]
+    states = [state for _, state, _ in ledger]
     return Summary(
         policy=policy,
         days=len(days),
         crps=float(scored["crps_bp"].mean()),
         coverage=_coverage(scored, 0.8),
         coverage95=_coverage(scored, 0.95),
-        retrains=sum(state not in ("skipped", "running") for state in states),
+        retrains=len({line.flow_run_id for line in ran}),  # one that was cut off has two lines
         promotions=states.count("promoted"),
         refusals=states.count("refused"),
         skips=states.count("skipped"),
@@ -244,7 +257,7 @@ def summarise(engine: Engine, policy: str, symbol: str) -> Summary:
         wall_minutes=float(days["wall_seconds"].sum() + trained["wall_seconds"].sum()) / 60,
         days_per_minute=60 / float(days["wall_seconds"].mean()) if len(days) else 0.0,
         losses=scored.groupby("origin")["crps_bp"].mean(),
-        retrained=[(day, state) for day, state in ledger if state != "skipped"],
+        retrained=[(line.as_of, line.state) for line in ran],
     )
 
 

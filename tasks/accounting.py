@@ -5,14 +5,14 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
-from datetime import date
 from typing import ParamSpec, TypeVar
 
 from forecasting import costs
 from forecasting.errors import ServiceError
+from forecasting.sessions import exchange_day
 from forecasting.settings import load_settings
-from forecasting.store import engine_of
-from tasks.steps import flow_run_id
+from forecasting.store import engine_of, now
+from tasks.steps import flow_run_id, policy
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def accounted(function: Callable[P, R]) -> Callable[P, R]:
         bound.apply_defaults()
         settings = load_settings()
         name = function.__name__
-        about, day = _subject(bound.arguments), bound.arguments.get("as_of") or date.today()
+        about, day = _subject(bound.arguments), bound.arguments.get("as_of") or exchange_day(now())
         run_id = flow_run_id()
         with ExitStack() as stack:
             try:
@@ -43,7 +43,9 @@ def accounted(function: Callable[P, R]) -> Callable[P, R]:
                 _log.warning("What %s costs is not written down: %s", name, error)
                 return function(*args, **kwargs)
             spent = stack.enter_context(
-                costs.measured(engine, settings.home, name, about, day, flow_run_id=run_id)
+                costs.measured(
+                    engine, settings.home, name, about, day, flow_run_id=run_id, policy=policy()
+                )
             )
             result = function(*args, **kwargs)
             spent.outcome = str(getattr(result, "outcome", spent.outcome))

@@ -25,25 +25,28 @@ Create = TypeVar("Create", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class _Plain:
-    """Attributes: `run_id` is what stands for a flow run's id; `results` holds kept results."""
+    """Attributes: `run_id` is what stands for a flow run's id; `results` holds kept results;
+    `policy` is the replay's."""
 
     run_id: str
     results: Path
+    policy: str
 
 
 _plain: ContextVar[_Plain | None] = ContextVar("plain", default=None)
 
 
 @contextmanager
-def plain(run_id: str, results: Path) -> Iterator[None]:
+def plain(run_id: str, results: Path, policy: str = "") -> Iterator[None]:
     """Run the functions of flows (`flow.fn`) and all their steps without Prefect.
 
     Args:
         run_id: what the ledger and the checks know this run by.
         results: folder of what steps with `persist_result` came to; found there by its key, such a
             step is not run again, as in Prefect.
+        policy: by which a replay retrains, for what it costs.
     """
-    token = _plain.set(_Plain(run_id, results))
+    token = _plain.set(_Plain(run_id, results, policy))
     try:
         with disable_run_logger():
             yield
@@ -60,6 +63,12 @@ def flow_run_id() -> str:
     """Of the flow run, or of what stands for it; outside of both a new one at each call."""
     inside = _plain.get()
     return inside.run_id if inside else str(flow_run.id or uuid4())
+
+
+def policy() -> str:
+    """By which a replay retrains; empty in production."""
+    inside = _plain.get()
+    return inside.policy if inside else ""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import time
 from datetime import UTC, date, datetime, timedelta
 
 import pytest
+from sqlalchemy import create_engine
 
 from forecasting import costs
 
@@ -52,6 +53,30 @@ def test_a_run_that_fails_is_written_down_as_failed(engine, tmp_path):
     assert list(costs.read(engine)["outcome"]) == ["failed"]
 
 
+def test_what_runs_inside_has_its_own_line_and_lines_add_up(engine, tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    with costs.measured(engine, home, "daily", "GOOG", DAY) as outer:
+        burn(0.2)
+        with costs.measured(engine, home, "monitor", "GOOG", DAY) as inner:
+            burn(0.4)
+            (home / "page.html").write_bytes(b"x" * 700)
+    assert 0.4 <= inner.cpu_seconds < 0.6
+    assert 0.2 <= outer.cpu_seconds < 0.4
+    assert outer.wall_seconds < inner.wall_seconds
+    found = costs.summary(costs.read(engine))
+    assert found["cpu_minutes"]["all"] * 60 == pytest.approx(0.6, abs=0.1)
+    assert found["megabytes"]["all"] == pytest.approx(700e-6)
+
+
+def test_what_cannot_be_written_down_stops_nobody(tmp_path, caplog):
+    nowhere = create_engine(f"sqlite:///{tmp_path}/empty.db")
+    with costs.measured(nowhere, tmp_path, "retrain", "GOOG", DAY):
+        pass
+    nowhere.dispose()
+    assert "What retrain cost is not written down: " in caplog.text
+
+
 def test_the_size_of_a_folder_is_that_of_its_files(tmp_path):
     assert costs.size(tmp_path / "none") == 0
     (tmp_path / "deep" / "folder").mkdir(parents=True)
@@ -72,5 +97,8 @@ def test_the_summary_adds_up_by_flow(engine, tmp_path):
     total = runs["cpu_seconds"].sum() / 60
     assert found["cpu_minutes"]["all"] == pytest.approx(total)
     assert found["cpu_minutes"].iloc[:2].sum() == pytest.approx(total)
+    with costs.measured(engine, tmp_path, costs.WHOLE, "GOOG", DAY):
+        pass
+    assert costs.summary(costs.read(engine))["runs"]["all"] == 3
     later = datetime.now(UTC) + timedelta(hours=1)
     assert costs.read(engine, later).empty

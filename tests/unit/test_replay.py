@@ -114,7 +114,7 @@ def test_a_meter_counts_cpu_of_this_process():
 # --- summary ---------------------------------------------------------------------------------
 
 
-def ledger(engine, day, state, flow_run_id="x"):
+def ledger(engine, day, state, flow_run_id=""):
     with engine.begin() as connection:
         connection.execute(
             insert(retrains).values(
@@ -122,7 +122,7 @@ def ledger(engine, day, state, flow_run_id="x"):
                 symbol="GOOG",
                 as_of=day,
                 trigger="",
-                flow_run_id=flow_run_id,
+                flow_run_id=flow_run_id or str(uuid.uuid4()),
                 state=state,
                 reason="",
                 created_at=now(),
@@ -192,14 +192,19 @@ def test_a_summary_counts_what_the_home_holds(engine):
         if position in (20, 40, 60):
             spent(engine, day)
     for day, state in zip(
-        DAYS, ("promoted", "promoted", "refused", "skipped", "unchanged"), strict=False
+        DAYS,
+        ("promoted", "promoted", "refused", "skipped", "unchanged", "rolled-back"),
+        strict=False,
     ):
         ledger(engine, day, state)
+    for state in ("failed", "refused"):  # cut off, and run again
+        ledger(engine, DAYS[7], state, "the same run")
     found = replay.summarise(engine, "both", "GOOG")
     assert found.days == len(DAYS)
     assert found.crps == pytest.approx(100)
     assert found.coverage == pytest.approx(np.mean(held))
-    assert (found.retrains, found.promotions, found.refusals, found.skips) == (4, 2, 1, 1)
+    assert (found.retrains, found.promotions, found.refusals, found.skips) == (5, 2, 2, 1)
+    assert [state for _, state in found.retrained].count("rolled-back") == 0
     assert found.cpu_minutes == pytest.approx(3 * 1.5)
     assert found.watch_cpu_minutes == pytest.approx(len(DAYS) / 60)
     assert found.days_per_minute == pytest.approx(30)

@@ -142,6 +142,21 @@ def test_the_audit_can_only_be_added_to(url, change):
             assert connection.execute(text("SELECT reason FROM audit")).all() == [("cooldown",)]
 
 
+def test_a_line_of_the_audit_is_not_replaced(tmp_path):
+    """SQLite's REPLACE deletes without the trigger of a deletion."""
+    line = (
+        "INTO audit (number, at, kind, subject, who, reason, details) "
+        "VALUES (1, '2008-01-02 00:00:00', 'skip', 'GOOG', 'anna', '{}', '{{}}')"
+    )
+    with engine_of(f"sqlite:///{tmp_path / 'perennial.db'}") as engine:
+        with engine.begin() as connection:
+            connection.execute(text("INSERT " + line.format("true")))
+        with pytest.raises(DatabaseError, match="append-only"), engine.begin() as connection:
+            connection.execute(text("REPLACE " + line.format("forged")))
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT reason FROM audit")).all() == [("true",)]
+
+
 def test_a_database_that_is_up_to_date_is_opened_without_alembic(tmp_path):
     url = f"sqlite:///{tmp_path / 'perennial.db'}"
     with engine_of(url):

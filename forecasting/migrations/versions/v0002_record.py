@@ -139,6 +139,11 @@ def _keep_audit() -> None:
                 f"CREATE TRIGGER audit_no_{what.lower()} BEFORE {what} ON audit "
                 f"BEGIN SELECT RAISE(ABORT, '{_KEPT}'); END"
             )
+        op.execute(  # REPLACE deletes without the trigger of a deletion
+            "CREATE TRIGGER audit_no_replace BEFORE INSERT ON audit "
+            "WHEN EXISTS (SELECT 1 FROM audit WHERE number = NEW.number) "
+            f"BEGIN SELECT RAISE(ABORT, '{_KEPT}'); END"
+        )
         return
     op.execute(
         "CREATE FUNCTION perennial_audit_kept() RETURNS trigger LANGUAGE plpgsql AS "
