@@ -101,6 +101,8 @@ class Lineage:
         add(("answer", "in the prediction log", f"{self.logged} time(s){made}"))
         if self.asked_about:
             rows += _told("prices asked about", self.asked_about)
+        elif answer.prices_md5:
+            add(("prices asked about", "rows", "ours, but not found: see what is missing"))
         else:
             add(("prices asked about", "rows", "sent by the client; not kept"))
         held = f" ({', '.join(self.aliases)})" if self.aliases else ""

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from sqlalchemy import Engine, func, select
 
-from forecasting import faults
 from forecasting.drift import distance
 from forecasting.metrics import BASIS_POINTS, Array, at_level
+from forecasting.sessions import last_due
 from forecasting.store import answer_counts, predictions
 
 REFERENCE_DAYS = 250
@@ -166,8 +166,7 @@ def traffic(
 def _was_stale(origin: date, made_at: datetime) -> bool:
     """Whether the prices of a later session were due when a forecast was made."""
     aware = made_at if made_at.tzinfo else made_at.replace(tzinfo=UTC)
-    here = aware.astimezone(_MARKET)
-    return bool(faults.due(origin, here.date(), here))
+    return origin < last_due(aware)
 
 
 def _by_source(table: pd.DataFrame, repeated: int) -> list[Traffic]:
