@@ -1,5 +1,6 @@
 """A small client of Prefect's REST API: what the demo and the benchmarks do from outside a run."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tenacity import (
 )
 
 from forecasting.errors import ServiceError
+from forecasting.events import credentials
 
 ENDED = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 
@@ -52,7 +54,8 @@ class PrefectApi:
 
     def __init__(self, url: str, patience: float = 30.0) -> None:
         self.url = url
-        self._http = httpx.Client(base_url=f"{url}/api", timeout=30)
+        headers = credentials(os.environ)
+        self._http = httpx.Client(base_url=f"{url}/api", headers=headers, timeout=30)
         self._again = Retrying(
             retry=retry_if_result(lambda answer: answer.status_code in BUSY)
             | retry_if_exception_type(httpx.TransportError),

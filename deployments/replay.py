@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="", help="folder under replay/; the symbol if empty")
     parser.add_argument("--engine", choices=ENGINES, default=FAST)
     options = parser.parse_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell ignores it
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # also where a shell ignores it
         signal.signal(number, _interrupt)
     console = Console(highlight=False)
     policy = POLICIES.get(options.policy) or Policy(ORACLE, days=frozenset(options.on))

@@ -4,9 +4,10 @@ Nothing here imports Prefect: whoever delivers hands in how to POST to its API. 
 Prefect's client, `serving drain` through plain HTTP.
 """
 
+import base64
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal
@@ -311,6 +312,15 @@ def mark(engine: Engine, ids: Sequence[uuid.UUID], *, delivered: bool) -> None:
         connection.execute(
             update(outbox).where(outbox.c.id.in_([str(each) for each in ids])).values(values)
         )
+
+
+def credentials(environment: Mapping[str, str]) -> dict[str, str]:
+    """Headers of a request to Prefect's API, as its own clients send them."""
+    if auth := environment.get("PREFECT_API_AUTH_STRING"):
+        return {"Authorization": f"Basic {base64.b64encode(auth.encode()).decode()}"}
+    if key := environment.get("PREFECT_API_KEY"):
+        return {"Authorization": f"Bearer {key}"}
+    return {}
 
 
 def deliver(engine: Engine, post: Post) -> int:

@@ -4,7 +4,6 @@ Beside it, where `PREFECT_API_URL` names a Prefect server, it delivers what wait
 refused version shows in Prefect without a flow having to run first.
 """
 
-import base64
 import logging
 import os
 import signal
@@ -117,11 +116,7 @@ def _failed(error: Exception, wait: float, said: str) -> tuple[float, str]:
 
 def _client(api: str, environment: Mapping[str, str]) -> httpx.Client:
     """A client of Prefect's API, with the credentials that Prefect's own would send."""
-    headers = {}
-    if auth := environment.get("PREFECT_API_AUTH_STRING"):
-        headers["Authorization"] = f"Basic {base64.b64encode(auth.encode()).decode()}"
-    elif key := environment.get("PREFECT_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
+    headers = events.credentials(environment)
     return httpx.Client(base_url=api, headers=headers, timeout=ASK_SECONDS)
 
 

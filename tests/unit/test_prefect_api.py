@@ -18,6 +18,7 @@ class Answering:
     def __init__(self, *answers: tuple[int, object]) -> None:
         self.answers = list(answers)
         self.bodies: list[dict[str, object]] = []
+        self.authorized: set[str | None] = set()
         self.found: dict[str, object] = {"id": "deployment-1"}
         outer = self
 
@@ -33,6 +34,7 @@ class Answering:
                     outer.answers.pop(0)
 
             def _reply(self, status: int, value: object) -> None:
+                outer.authorized.add(self.headers["Authorization"])
                 raw = json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(raw)))

@@ -40,6 +40,14 @@ def test_it_starts_the_deployment_and_waits_for_its_end(named, capsys):
     assert re.match(told, capsys.readouterr().out)
 
 
+def test_a_protected_server_is_told_who_asks(named, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "anna:secret")
+    with Prefect("COMPLETED") as server:
+        named(server)
+        assert main(["perennial-goog"]) == 0
+    assert server.authorized == {"Basic YW5uYTpzZWNyZXQ="}
+
+
 def test_without_a_version_it_is_the_one_before(named, capsys):
     with Prefect("COMPLETED") as server:
         named(server)
