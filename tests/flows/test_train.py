@@ -19,7 +19,7 @@ from forecasting.contract import Contract, read_contract, verify_files
 from forecasting.errors import HistoryError, ServiceError
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings
-from forecasting.store import gate_looks, open_engine
+from forecasting.store import gate_looks, open_engine, outbox
 from tasks.cache import code_commit
 from tests.flows.support import (
     all_runs,
@@ -109,6 +109,10 @@ def test_a_refusal_is_a_completed_run_with_reasons_and_nothing_registered(refuse
     states = task_states(flow_run_of(settings, refused.run_id))
     assert set(states.values()) == {"Completed"}
     assert "promote" not in states
+    (told,) = [row for row in rows_of(settings, outbox) if row["name"] == "perennial.model.refused"]
+    assert told["payload"]["run_id"] == refused.run_id
+    assert told["payload"]["reasons"] == [reason]
+    assert told["delivered_at"] is not None, "Prefect lists it"
 
 
 def test_the_search_is_a_run_below_the_training_and_every_trial_one_below_it(refused, settings):

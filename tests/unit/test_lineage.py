@@ -133,6 +133,7 @@ def test_what_does_not_fit_is_said(world, changes, said):
     found = world.trace(**changes)
     assert any(said in each for each in found.missing)
     assert any(section == "missing" and said in text for section, _, text in found.table())
+    assert "sent by the client" not in str(found.table())
 
 
 def test_a_version_that_is_none_is_an_error(world):
