@@ -38,12 +38,11 @@ from forecasting.sessions import sessions_between
 from forecasting.settings import load_settings
 from forecasting.store import engine_of
 
-LEARNED, CALM, CHANGED = 1000, 60, 420
+LEARNED, CALM, CHANGED = 1000, 60, 780
 """Market days of a planted market before its replay, in it before the change, and after."""
 
-COLOURS = dict(
-    zip([*POLICIES, ORACLE], (GREY, BLUE, GREEN, ORANGE, RED, INK, "black"), strict=True)
-)
+PURPLE = "#8250df"
+COLOURS = dict(zip([*POLICIES, ORACLE], (GREY, BLUE, GREEN, ORANGE, RED, INK, PURPLE), strict=True))
 PLANTED = {
     "PERENNIAL_GATE_DAYS": "60",
     "PERENNIAL_VALIDATION_DAYS": "60",
@@ -51,9 +50,9 @@ PLANTED = {
 }
 """Of planted markets: a model that is judged on fewer days knows of a change sooner. Fewer days can
 show less, so the gate asks for less."""
-KNOWN = (90, 125, 250)
-"""Market days after the change on which the oracle retrains: half of the validation days are of the
-new market, all are, and the baseline has learned from a hundred of it."""
+KNOWN = (190, 310, 500)
+"""Market days after the change on which the oracle retrains: the windows, validation and gate are
+all of the new market, the baseline has learned from a hundred days of it, from three hundred."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def every_market(folder: Path) -> list[Market]:
     return [
         Market("goog", "GOOG 2007-2013", "GOOG", date(2007, 1, 3), date(2013, 2, 28)),
         planted(folder, "night", "planted: news moves into the night", 1, 1.0, 0.4),
-        planted(folder, "hours", "planted: news moves into trading hours", 2, 0.5, 1.0),
+        planted(folder, "hours", "planted: news moves into trading hours", 3, 0.4, 1.0),
     ]
 
 
@@ -197,13 +196,17 @@ def _relative(figures: tuple[float, float, float]) -> str:
 
 
 def claim(found: dict[str, Summary]) -> dict[str, float | str | bool]:
-    """Is `both` within 0.5 % of the best policy at no more than half of monthly's CPU minutes?"""
+    """Is `both` within 0.5 % of the best policy at no more than half of monthly's CPU minutes?
+
+    `never_behind` is what never retraining loses to the best: on a planted market 3 % at least.
+    """
     best = min(
         (each for name, each in found.items() if name in POLICIES), key=lambda each: each.crps
     )
     behind, low, high = against(found["both"], best)
     cost = found["both"].cpu_minutes / found["monthly"].cpu_minutes
     return {
+        "never_behind": round(against(found["never"], best)[0], 5),
         "best": best.policy,
         "behind": round(behind, 5),
         "lower": round(low, 5),
@@ -222,11 +225,10 @@ def draw(every: dict[Market, dict[str, Summary]], file: Path) -> None:
     )
     for (market, found), (left, right) in zip(every.items(), axes, strict=True):
         _draw_course(market, found, left)
-        for policy, each in found.items():
-            right.scatter(each.cpu_minutes, each.crps, color=COLOURS[policy], s=30, zorder=3)
-            right.annotate(
-                policy, (each.cpu_minutes, each.crps), (4, 3), textcoords="offset points"
-            )
+        for number, (policy, each) in enumerate(found.items()):
+            spot, above = (each.cpu_minutes, each.crps), number % 2  # two may lie on one another
+            right.scatter(*spot, color=COLOURS[policy], s=30, zorder=3)
+            right.annotate(policy, spot, (4, 3 if above else -10), textcoords="offset points")
         right.set(xlabel="CPU minutes of retraining", ylabel="CRPS, bp", title="what it costs")
         right.margins(0.25)
     figure.tight_layout()
@@ -268,7 +270,8 @@ def drift_figures(series: int) -> dict[str, float]:
 
 
 def main() -> int:
-    """Play what is not played yet, and tell; 1 if the claim fails on a planted market."""
+    """Play what is not played yet, and tell; 1 if the claim fails on a planted market, or never
+    retraining costs too little there to show anything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--markets", nargs="+", help="names of some: goog, night, hours")
     parser.add_argument("--policies", nargs="+", help="some; never, monthly and both are needed")
@@ -290,7 +293,7 @@ def main() -> int:
     jobs = [(market, policy) for market in chosen for policy in market.policies]
     play(jobs, options.jobs, root / "logs")
     every = {market.name: read(market, root) for market in chosen}
-    console = Console(width=150)
+    console = Console(width=170)
     for market in chosen:
         console.print(table_of(market, every[market.name]))
     reports = home / "reports"
@@ -312,7 +315,8 @@ def main() -> int:
     print(f"plots: {reports / 'replay.svg'}", file=sys.stderr)
     print(json.dumps(told))
     planted_claims = [told["claims"][market.name] for market in chosen if market.changed]
-    return 0 if all(each["holds"] for each in planted_claims) else 1
+    sound = all(each["holds"] and each["never_behind"] >= 0.03 for each in planted_claims)
+    return 0 if sound else 1
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
