@@ -70,6 +70,8 @@ YEARLY = 0.12
 """Standard deviation of the width that is asked for, from year to year."""
 _WIDTH_ERROR = 0.89
 """Standard error, times the root of n, of a width from where 80 % of n normal outcomes lie."""
+_DOUBT = 2.0
+"""Standard errors that intervals must be too wide by before they are made narrower."""
 _TINY = 1e-9
 _INPUTS = ("ohlcv", "dates", "symbol")
 _log = logging.getLogger(__name__)
@@ -403,12 +405,16 @@ def _widths(network: Network, inputs: _Inputs) -> Tensor:
 
     Residuals that a regression was fitted on, and corrections that were learned on them, are
     smaller than those to come. The mean of the factors at which the central intervals of `MASSES`
-    hold what they say (split conformal prediction, Papadopoulos et al. 2002), but never narrower:
-    a calm validation promises nothing. It is believed as far as its error is small beside what such
-    factors differ by from year to year; outcomes of h days overlap, so n windows are n / h.
+    hold what they say (split conformal prediction, Papadopoulos et al. 2002). It is believed as far
+    as its error is small beside what such factors differ by from year to year; outcomes of h days
+    overlap, so n windows are n / h.
+
+    A calm validation promises nothing: narrower they become only where neither that error nor
+    another year explains it, by no more than is beyond doubt. That is a market which is no longer
+    the one that most of the windows are of.
 
     Returns:
-        [horizon], at least 1.
+        [horizon].
     """
     quantiles, returns = network.correct(inputs.features, inputs.sigma), inputs.returns
     factors = []
@@ -417,9 +423,10 @@ def _widths(network: Network, inputs: _Inputs) -> Tensor:
         above = returns / quantiles[..., high].clamp(min=_TINY)
         below = returns / quantiles[..., low].clamp(max=-_TINY)
         factors.append(torch.quantile(torch.where(returns > 0, above, below), mass, dim=0))
-    wanted = torch.stack(factors).mean(0).clamp(min=1)
+    wanted = torch.stack(factors).mean(0)
     error = _WIDTH_ERROR**2 * torch.arange(1, returns.shape[1] + 1) / len(returns)
-    return 1 + (wanted - 1) * YEARLY**2 / (YEARLY**2 + error)
+    wider = 1 + (wanted - 1).clamp(min=0) * YEARLY**2 / (YEARLY**2 + error)
+    return torch.minimum(wider, wanted * (1 + _DOUBT * (YEARLY**2 + error).sqrt()))
 
 
 def _switched_off(training: _Training) -> float:

@@ -15,6 +15,7 @@ from forecasting.errors import TrainingError
 from forecasting.inference import Forecaster
 from forecasting.model import (
     CHECKPOINT,
+    YEARLY,
     Fitted,
     ModelConfig,
     _Inputs,
@@ -103,13 +104,11 @@ def test_a_network_that_learned_nothing_is_switched_off(splits, tmp_path):
     assert float(harmed.network.switch) == 0
 
 
-@pytest.mark.parametrize("factor", [0.8, 1.0, 1.2, 1.5])
-@pytest.mark.parametrize("count", [40, 4000])
-def test_intervals_widen_as_new_days_ask_for_if_there_are_enough(fitted, splits, factor, count):
+def _widths_asked(fitted: Fitted, splits: Splits, factor: float, count: int) -> torch.Tensor:
+    """What `count` days ask for whose outcomes are `factor` times as far out as was forecast."""
     torch.manual_seed(0)
     inputs = _Inputs.of(fitted.network, splits.train)
-    rows = torch.randint(0, len(inputs.returns), (count,))
-    inputs = inputs.take(rows)
+    inputs = inputs.take(torch.randint(0, len(inputs.returns), (count,)))
     with torch.no_grad():
         quantiles = fitted.network.correct(inputs.features, inputs.sigma)
     drawn = torch.rand(quantiles.shape[:2]) * 40 - 1  # between levels, the outermost beyond them
@@ -119,11 +118,24 @@ def test_intervals_widen_as_new_days_ask_for_if_there_are_enough(fitted, splits,
     before = fitted.network.volatility.shape.clone()
     found = _widths(fitted.network, planted)
     assert torch.equal(fitted.network.volatility.shape, before)
+    return found
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.0, 1.2, 1.5])
+@pytest.mark.parametrize("count", [40, 4000])
+def test_intervals_widen_as_new_days_ask_for_if_there_are_enough(fitted, splits, factor, count):
+    found = _widths_asked(fitted, splits, factor, count)
     assert found.min() >= 1
     if count == 4000:
         assert found.mean().item() == pytest.approx(max(factor, 1.0), rel=0.06)
     else:  # a fifth to half of the way
         assert found.max().item() < 1 + 0.75 * max(factor - 1.0, 0.2)
+
+
+def test_intervals_narrow_in_another_market_by_what_is_beyond_doubt(fitted, splits):
+    certain, thin = (_widths_asked(fitted, splits, 0.4, count) for count in (4000, 60))
+    assert certain.mean().item() == pytest.approx(0.4 * (1 + 2 * YEARLY), rel=0.06)
+    assert certain.mean() < thin.mean() < 0.8
 
 
 def test_a_served_answer_is_the_backtests(fitted, splits, tmp_path):
