@@ -49,6 +49,7 @@ def daily(
     Run on a day without trading, or twice, it finds nothing to do. Days that were missed are made
     up for, each as of itself. A day is done when all of its steps are: a killed round takes up the
     day that it was in, whose steps may be repeated. A symbol's first round is its newest session.
+    One whose monitor fails stays to be done from that day on, and holds up no other.
 
     Args:
         symbols: tickers of the source.
@@ -56,10 +57,11 @@ def daily(
 
     Raises:
         BadPricesError: prices break the rules; that day and those after it stay to be done.
+        ExceptionGroup: monitors failed; all else is done.
     """
     settings = load_settings()
     until = min(as_of or date.max, last_due(now()))
-    result = DailyResult(until=until)
+    result, failed = DailyResult(until=until), dict[str, Exception]()
     with (
         telling(settings),
         tags(*flow_run.tags),  # what runs inside has none of its own, and is judged by them
@@ -68,9 +70,13 @@ def daily(
     ):
         due = market_days.due(engine, symbols, until, settings.extra_closures)
         for day, missing in due:
-            newest = day == due[-1][0]
-            _one_day(settings, engine, day, missing, newest, result)
+            newest, going = day == due[-1][0], [each for each in missing if each not in failed]
+            if going:
+                _one_day(settings, engine, day, going, newest, result, failed)
     get_run_logger().info(_headline(result))
+    if failed:
+        message = f"Monitors failed, of {', '.join(failed)}; run daily again once they are mended."
+        raise ExceptionGroup(message, list(failed.values()))
     return result
 
 
@@ -81,8 +87,9 @@ def _one_day(
     symbols: Sequence[str],
     newest: bool,
     result: DailyResult,
+    failed: dict[str, Exception],
 ) -> None:
-    """Every step of a day, and the record of it.
+    """Every step of a day, and the record of it; symbols that failed are added to `failed`.
 
     Of the newest session prices may still come: a symbol without them is watched, and not done.
     """
@@ -91,10 +98,10 @@ def _one_day(
     served = {symbol for held in in_production(open_registry(settings)) for symbol in held.symbols}
     for symbol in symbols:
         if symbol in served:
-            _watch(symbol, day, newest, result)
+            _watch(symbol, day, newest, result, failed)
         else:
             result.notes.append(f"{day}: {symbol} has no version in production.")
-    ready = [each for each in symbols if not (newest and each in late)]
+    ready = [each for each in symbols if each not in failed and not (newest and each in late)]
     if ready:  # with those that an earlier round did: the file of a day holds all its forecasts
         whole = sorted({*market_days.done_on(engine, day), *ready} - set(late))
         _forecast([each for each in whole if each in served], day, result)
@@ -107,11 +114,16 @@ def _one_day(
         result.done.append(day)
 
 
-def _watch(symbol: str, day: date, newest: bool, result: DailyResult) -> None:
+def _watch(
+    symbol: str, day: date, newest: bool, result: DailyResult, failed: dict[str, Exception]
+) -> None:
     try:
         monitor(symbol=symbol, as_of=day, alarms=newest)
     except HistoryError as error:  # production was trained later: it has nothing to learn there
         result.notes.append(f"{day}: {symbol} was not monitored. {error}")
+    except Exception as error:  # noqa: BLE001  (raised when the others are done)
+        get_run_logger().exception("%s: the monitor of %s failed", day, symbol)
+        failed[symbol] = error
 
 
 def _forecast(symbols: list[str], day: date, result: DailyResult) -> None:

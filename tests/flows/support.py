@@ -1,10 +1,12 @@
 """Running flows as a deployment does: settings from the environment, a home of their own."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import pytest
@@ -16,12 +18,14 @@ from prefect.client.schemas.filters import (
     ArtifactFilterFlowRunId,
     FlowRunFilter,
     FlowRunFilterId,
+    FlowRunFilterName,
     LogFilter,
     LogFilterFlowRunId,
 )
+from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 from sqlalchemy import Table, select
-from tenacity import retry, retry_if_result, stop_after_delay, wait_fixed
+from tenacity import retry, retry_if_exception_type, retry_if_result, stop_after_delay, wait_fixed
 
 from forecasting import datasets
 from forecasting.registry import PRODUCTION, open_registry
@@ -29,6 +33,7 @@ from forecasting.settings import PREFIX, Settings, load_settings
 from forecasting.store import engine_of
 from tests.models import write_model_folder
 
+T = TypeVar("T")
 NAME = "perennial-goog"
 QUICK = {
     "trials": 2,
@@ -53,14 +58,15 @@ def configured(home: Path, **changes: object) -> Iterator[Settings]:
             yield load_settings()
 
 
-def put_into_production(home: Path, trained: date) -> Settings:
-    """A version for GOOG whose prices are known up to `trained`, without any training."""
-    settings = load_settings(home=home, server_url="")
-    md5 = datasets.ingest(settings, ["GOOG"], trained).md5
-    registry = open_registry(settings)
+def put_into_production(home: Path, trained: date, symbol: str = "GOOG") -> Settings:
+    """A version for a symbol whose prices are known up to `trained`, without any training."""
+    settings, name = load_settings(home=home, server_url=""), f"perennial-{symbol.lower()}"
+    md5 = datasets.ingest(settings, [symbol], trained).md5
+    registry, folder = open_registry(settings), home / f"model-{symbol}"
     run_id = registry.start_run("trained", {})
-    write_model_folder(home / "model", run_id=run_id, dataset_md5=md5, as_of=trained)
-    registry.set_alias(NAME, PRODUCTION, registry.register(home / "model", NAME, run_id))
+    told = {"forecaster": name, "symbols": (symbol,)}
+    write_model_folder(folder, run_id=run_id, dataset_md5=md5, as_of=trained, **told)
+    registry.set_alias(name, PRODUCTION, registry.register(folder, name, run_id))
     return settings
 
 
@@ -120,6 +126,45 @@ def flow_log(flow_run_id: str, expected: str) -> list[str]:
             return [each.message for each in client.read_logs(log_filter=wanted)]
 
     return read()
+
+
+# --- a person -------------------------------------------------------------------------------
+
+
+@contextmanager
+def meanwhile(work: Callable[[], T]) -> Iterator[list[T]]:
+    """Do something in a thread with this one's settings; the list holds its result at the end."""
+    found: list[T] = []
+    thread = threading.Thread(target=copy_context().run, args=(lambda: found.append(work()),))
+    thread.start()
+    try:
+        yield found
+    finally:
+        thread.join(200)
+    assert not thread.is_alive()
+
+
+@retry(
+    stop=stop_after_delay(180),
+    wait=wait_fixed(0.2),
+    retry=retry_if_exception_type((LookupError, PrefectHTTPStatusError)),
+)
+def paused(name: str) -> UUID:
+    """Id of the run of that name, once it is paused and its form is there."""
+    with get_client(sync_client=True) as client:
+        wanted = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
+        for run in client.read_flow_runs(flow_run_filter=wanted):
+            if run.state is not None and run.state.is_paused():
+                keys = run.state.state_details.run_input_keyset or {}
+                assert client.read_flow_run_input(run.id, keys["schema"])
+                return run.id
+    raise LookupError(name)
+
+
+def answer(run_id: UUID, **form: object) -> str:
+    """Resume a run with a form, as the UI does; what Prefect says."""
+    with get_client(sync_client=True) as client:
+        return str(client.resume_flow_run(run_id, run_input=form).status.value)
 
 
 # --- SQL -------------------------------------------------------------------------------------

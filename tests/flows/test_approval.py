@@ -1,21 +1,11 @@
 """A person approves: the run pauses with the verdict, and goes on as its form is answered."""
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import copy_context
 from datetime import date
 from pathlib import Path
-from typing import TypeVar
-from uuid import UUID
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from flows.retrain import retrain
 from flows.train import TrainResult
@@ -25,51 +15,13 @@ from forecasting.registry import PRODUCTION, open_registry
 from forecasting.settings import Settings
 from forecasting.store import engine_of
 from tasks.approval import ask, require_approvable
-from tests.flows.support import configured
-
-T = TypeVar("T")
+from tests.flows.support import answer, configured, meanwhile, paused
 
 NAME = "perennial-goog"
 DAYS = (date(2006, 12, 29), date(2007, 6, 29))
 CHEAP = {"gate_tolerance": 1, "gate_classical_tolerance": 1, "retrain_search": "never"}
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
-
-
-@contextmanager
-def meanwhile(work: Callable[[], T]) -> Iterator[list[T]]:
-    """Do something in a thread with this one's settings; the list holds its result at the end."""
-    found: list[T] = []
-    thread = threading.Thread(target=copy_context().run, args=(lambda: found.append(work()),))
-    thread.start()
-    try:
-        yield found
-    finally:
-        thread.join(200)
-    assert not thread.is_alive()
-
-
-@retry(
-    stop=stop_after_delay(180),
-    wait=wait_fixed(0.2),
-    retry=retry_if_exception_type((LookupError, PrefectHTTPStatusError)),
-)
-def paused(name: str) -> UUID:
-    """Id of the run of that name, once it is paused and its form is there."""
-    with get_client(sync_client=True) as client:
-        wanted = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
-        for run in client.read_flow_runs(flow_run_filter=wanted):
-            if run.state is not None and run.state.is_paused():
-                keys = run.state.state_details.run_input_keyset or {}
-                assert client.read_flow_run_input(run.id, keys["schema"])
-                return run.id
-    raise LookupError(name)
-
-
-def answer(run_id: UUID, **form: object) -> str:
-    """Resume a run with a form, as the UI does; what Prefect says."""
-    with get_client(sync_client=True) as client:
-        return str(client.resume_flow_run(run_id, run_input=form).status.value)
 
 
 @flow

@@ -19,7 +19,7 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.daily import DailyResult, daily
 from forecasting import datasets
-from forecasting.errors import BadPricesError
+from forecasting.errors import BadPricesError, ContractError
 from forecasting.sessions import sessions_between
 from forecasting.settings import Settings
 from forecasting.store import checks, market_days, outbox, predictions
@@ -152,6 +152,31 @@ def test_a_day_that_production_has_seen_is_done_without_a_look(settings):
     assert result.done == [date(2006, 12, 15)]
     assert "was not monitored" in result.notes[0]
     assert "nothing was forecast" in result.notes[1]
+
+
+def test_a_symbol_whose_monitor_fails_holds_up_no_other(tmp_path):
+    for symbol in ("GOOG", "IBM"):
+        put_into_production(tmp_path, TRAINED, symbol)
+    both = {"symbols": ["GOOG", "IBM"]}
+    with configured(tmp_path) as settings:
+        daily(**both, as_of=FRIDAY)
+        (contract,) = (
+            path
+            for path in settings.mlflow_artifacts.rglob("contract.json")
+            if '"perennial-ibm"' in path.read_text()
+        )
+        whole = contract.read_text()
+        contract.write_text("{")
+        with pytest.raises(ExceptionGroup, match="of IBM; run daily again") as told:
+            daily(**both, as_of=THURSDAY)
+        assert [type(error) for error in told.value.exceptions] == [ContractError]
+        by_symbol = pd.DataFrame(rows_of(settings, market_days)).groupby("symbol")["day"].max()
+        assert by_symbol.to_dict() == {"GOOG": THURSDAY, "IBM": FRIDAY}
+        contract.write_text(whole)
+        assert daily(**both, as_of=THURSDAY).done == MISSED
+        table = parquet.read_table(settings.home / "forecasts" / f"{THURSDAY}.parquet")
+        assert set(table["symbol"].to_pylist()) == {"GOOG", "IBM"}
+        assert table.num_rows == 10
 
 
 @pytest.fixture
