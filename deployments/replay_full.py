@@ -70,6 +70,7 @@ def play_full(
             engine_of(f"sqlite:///{home / 'perennial.db'}") as engine,
         ):
             listen_only_to(policy)
+            take_up_lost_runs()
             _Full(engine, api, client, span, policy).play(on_day)
 
 
@@ -111,6 +112,31 @@ def listen_only_to(policy: Policy) -> None:
             client.update_automation(automation.id, wanted)
 
 
+def take_up_lost_runs() -> None:
+    """Have runs that a kill cut off start again: as the same runs, so that the ledger knows them.
+
+    Those of a replay's own process it plays again itself.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import State, StateType
+    from prefect.states import Crashed, Scheduled
+
+    cut_off = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    with get_client(sync_client=True) as client:
+        wanted = FlowRunFilter(state=FlowRunFilterState(type=cut_off))
+        for run in client.read_flow_runs(flow_run_filter=wanted):
+            message = "Its process was killed with the replay."
+            again: State = Crashed(message=message)
+            if run.deployment_id:
+                again = Scheduled(message=message)
+            client.set_flow_run_state(run.id, again, force=True)
+
+
 class _Full:
     """One replay on a running stack; `asked` counts retrains that no event started."""
 
@@ -137,7 +163,8 @@ class _Full:
             self.ask(day)
             monitor(self.span.symbol, as_of=day)
         trigger = self.policy.trigger(position, day, [])
-        if trigger:
+        begun = {run.parameters.get("trigger") for run in self.api.runs("retrain")}
+        if trigger and trigger not in begun:  # by a process that was killed before the day's end
             parameters = {"symbol": self.span.symbol, "as_of": str(day), "trigger": trigger}
             self.api.start("retrain/retrain", parameters)
             self.asked += 1

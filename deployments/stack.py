@@ -21,6 +21,7 @@ from types import TracebackType
 import httpx
 import psutil
 
+from deployments import orphans
 from forecasting.errors import ConfigError, ServiceError
 from forecasting.settings import PREFIX, load_settings
 
@@ -177,10 +178,14 @@ class Stack:
     def start(self, progress: Callable[[str], None] = lambda _: None) -> None:
         """Start everything and return when all of it answers.
 
+        What an earlier stack of this home left running, for it was killed, is ended first.
+
         Raises:
-            ConfigError: a port is in use.
+            ConfigError: a port is in use, or a stack of this home runs.
             ServiceError: a process ended or did not get ready; names its log file.
         """
+        if ended := orphans.end(self.home):
+            progress(f"ended {ended} processes that a killed stack had left")
         self._require_free_ports()
         for folder in ("logs", "mlflow", "prefect"):
             (self.home / folder).mkdir(parents=True, exist_ok=True)
@@ -235,6 +240,7 @@ class Stack:
         self._end(writers)
         self._end(list(self.processes.values()))
         self.processes.clear()
+        orphans.forget(self.home)
 
     def log(self, name: str) -> Path:
         """Log file of one process."""
@@ -300,6 +306,7 @@ class Stack:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        orphans.record(self.home, (process.pid for process in self.processes.values()))
 
     def _require_alive(self, name: str) -> None:
         code = self.processes[name].poll()

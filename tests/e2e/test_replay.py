@@ -3,27 +3,39 @@
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import psutil
 import pytest
-from sqlalchemy import select
+from sqlalchemy import Table, select
 
 from deployments.replay import ENGINES, FULL
+from forecasting.replay import DAY
 from forecasting.sessions import sessions_between
-from forecasting.store import checks, engine_of, predictions, retrains
+from forecasting.store import checks, costs, engine_of, predictions, retrains
 from tests.flows.support import QUICK
+from tests.serving.running import until
 
 DAYS = sessions_between(pd.Timestamp("2008-08-29").date(), pd.Timestamp("2008-11-21").date())
 SETTINGS = QUICK | {"trials": 1, "epochs": 1, "fit_epochs": 1, "folds": 1, "gate_tolerance": 0.05}
 
 
+def asked_for(
+    home: Path, engine: str, policy: str, first: date, last: date
+) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a replay."""
+    command = [sys.executable, "-m", "deployments.replay", "--policy", policy, "--name", "crash"]
+    command += ["--first", str(first), "--last", str(last), "--engine", engine]
+    named = {f"PERENNIAL_{name.upper()}": str(value) for name, value in SETTINGS.items()}
+    return command, os.environ | named | {"PERENNIAL_HOME": str(home)}
+
+
 def played(home: Path, engine: str) -> dict[str, pd.DataFrame]:
     """What sixty days into the crash of 2008 came to."""
-    command = [sys.executable, "-m", "deployments.replay", "--policy", "both", "--name", "crash"]
-    command += ["--first", str(DAYS[0]), "--last", str(DAYS[-1]), "--engine", engine]
-    named = {f"PERENNIAL_{name.upper()}": str(value) for name, value in SETTINGS.items()}
-    environment = os.environ | named | {"PERENNIAL_HOME": str(home)}
+    command, environment = asked_for(home, engine, "both", DAYS[0], DAYS[-1])
     subprocess.run(command, env=environment, check=True, timeout=1500)
     root = home / "replay" / "crash" / ("both-full" if engine == FULL else "both")
     with engine_of(f"sqlite:///{root / 'perennial.db'}") as opened, opened.connect() as connection:
@@ -56,3 +68,38 @@ def test_both_engines_decide_alike(tmp_path):
     assert (paired["quantiles"] == paired["quantiles_2"]).all()
     known = paired["actual"].notna()
     assert (paired["actual"][known] == paired["actual_2"][known]).all()
+
+
+def lines_of(database: Path, table: Table) -> list[dict[str, Any]]:
+    """Rows of a home that a replay writes to; none before it is there."""
+    if not database.exists():
+        return []
+    with engine_of(f"sqlite:///{database}") as engine, engine.connect() as connection:
+        return [dict(row) for row in connection.execute(select(table)).mappings()]
+
+
+@pytest.mark.slow
+@pytest.mark.e2e
+@pytest.mark.timeout(1200)
+def test_a_full_replay_that_is_killed_in_a_retrain_goes_on(tmp_path):
+    """The whole of it at once, as where a machine is lost; the retrain is done once."""
+    first, last = DAYS[0], DAYS[23]
+    command, environment = asked_for(tmp_path, FULL, "monthly", first, last)
+    database = tmp_path / "replay" / "crash" / "monthly-full" / "perennial.db"
+
+    def states() -> list[str]:
+        return [row["state"] for row in lines_of(database, retrains)]
+
+    with subprocess.Popen(command, env=environment) as killed:
+        until(lambda: "running" in states(), "a retrain to run", 600)
+        family = psutil.Process(killed.pid).children(recursive=True)
+        for process in (killed, *family):
+            process.kill()
+    subprocess.run(command, env=environment, check=True, timeout=600)
+    ended = states()
+    assert ended.count("failed") == 1
+    assert len(ended) == 2
+    assert {"promoted", "refused", "unchanged"} & set(ended)
+    assert len({row["flow_run_id"] for row in lines_of(database, retrains)}) == 1
+    days = [row["as_of"] for row in lines_of(database, costs) if row["flow"] == DAY]
+    assert sorted(days) == DAYS[:24]

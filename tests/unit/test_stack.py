@@ -1,7 +1,9 @@
 """The local stack's own machinery, with tiny real processes in the place of the servers."""
 
+import json
 import os
 import socket
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -13,9 +15,11 @@ import httpx
 import psutil
 import pytest
 
+from deployments import orphans
 from deployments.stack import HOST, Ports, Service, Stack
 from forecasting.errors import ConfigError, ServiceError
 from forecasting.settings import PREFIX, Settings
+from tests.serving.running import until
 
 
 @dataclass
@@ -174,6 +178,59 @@ def test_a_stack_starts_in_order_answers_stops_and_starts_again(tmp_path):
         stack.stop()
         assert not any(process.is_running() for process in started)
         assert not any(map(answers, vars(stack.ports).values()))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.unit.test_stack import Ports, Tiny, http_server, script
+
+home, *ports = sys.argv[1:]
+stack = Tiny(
+    Path(home),
+    Ports(*map(int, ports)),
+    made=lambda stack: [
+        http_server("prefect", stack.ports.prefect),
+        script("worker", "import subprocess; subprocess.run(['sleep', '300'])"),
+    ],
+)
+stack.start()
+print([process.pid for process in stack.processes.values()], flush=True)
+sys.stdin.read()
+"""
+
+
+def test_what_a_killed_stack_left_is_ended_by_the_next_one(tmp_path):
+    ports = Ports.free()
+    command = [sys.executable, "-c", KILLED, str(tmp_path), *map(str, vars(ports).values())]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        left = [psutil.Process(pid) for pid in json.loads(first.stdout.readline())]
+        until(lambda: bool(left[1].children()), "the worker's own child", 20)
+        left += left[1].children()
+        stack = Tiny(tmp_path, ports, made=lambda _: [http_server("prefect", ports.prefect)])
+        with pytest.raises(ConfigError, match=f"runs already, as process {first.pid}"):
+            stack.start()
+        assert all(process.is_running() for process in left)
+        first.kill()
+    assert len(left) == 3
+    assert all(process.is_running() for process in left), "a kill cannot be answered"
+    lines: list[str] = []
+    stack.start(lines.append)
+    assert lines[0] == "ended 3 processes that a killed stack had left"
+    assert not any(process.is_running() for process in left)
+    assert answers(ports.prefect)
+    stack.stop()
+    assert not (tmp_path / "stack.json").exists()
+
+
+def test_a_process_that_has_a_dead_ones_number_is_left_alone(tmp_path):
+    with subprocess.Popen(["sleep", "60"]) as other:
+        told = {"pid": other.pid, "began": psutil.Process(other.pid).create_time() - 100}
+        (tmp_path / "stack.json").write_text(json.dumps({"owner": told, "started": [told]}))
+        assert orphans.end(tmp_path) == 0
+        assert other.poll() is None
+        other.kill()
 
 
 def test_a_service_that_dies_is_told_with_its_log_and_stops_the_others(tmp_path):
