@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from sqlalchemy import (
     JSON,
     URL,
@@ -245,7 +246,11 @@ def open_engine(url: str) -> Engine:
     try:
         if sqlite and parsed.database:
             Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(parsed, connect_args={"timeout": 30} if sqlite else {})
+        engine = create_engine(
+            parsed,
+            connect_args={"timeout": 30} if sqlite else {},
+            json_deserializer=msgspec.json.decode,  # quantiles of thousands of forecasts, each day
+        )
     except OSError as error:
         raise ServiceError(
             f"The folder of the database {_shown(parsed)} cannot be made: {error}. "
