@@ -5,8 +5,10 @@ which never retraining is wrong and the right answer is known: trading goes on a
 moves out of trading hours, or into them, so that a day's range no longer means what the model
 learned. There an oracle is played too, which retrains as soon as anything can be learned of it.
 
-Two policies at a time, each in a process of its own (`deployments.replay`). It may be killed: run
-again, it goes on. Table, `replay.json`, `replay.svg`; the last line is one JSON object.
+Two policies at a time, each in a process of its own (`deployments.replay`). Evidently draws its
+weekly pages for the first of them, never retraining GOOG, of which the days per minute are; pages
+of the others would show the same market. It may be killed: run again, it goes on. Table,
+`replay.json`, `replay.svg`; the last line is one JSON object.
 """
 
 import argparse
@@ -50,6 +52,8 @@ PLANTED = {
 }
 """Of planted markets: a model that is judged on fewer days knows of a change sooner. Fewer days can
 show less, so the gate asks for less."""
+PAGES = {"PERENNIAL_REPORT_DAYS": "0"}
+"""Where the environment does not say, and nobody looks: a page only of drift that begins."""
 KNOWN = (190, 310, 500)
 """Market days after the change on which the oracle retrains: the windows, validation and gate are
 all of the new market, the baseline has learned from a hundred days of it, from three hundred."""
@@ -155,7 +159,8 @@ def _start(market: Market, policy: str, logs: Path) -> subprocess.Popen[bytes]:
     command += ["--first", str(market.first), "--last", str(market.last)]
     if policy == ORACLE:
         command += ["--on", *map(str, market.oracle)]
-    environment = os.environ | ALLOCATOR | market.settings
+    pages = {} if (market.changed, policy) == (None, "never") else PAGES
+    environment = pages | os.environ | ALLOCATOR | market.settings
     with (logs / f"{market.name}-{policy}.log").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -291,7 +296,11 @@ def main() -> int:
     if options.policies:
         chosen = [replace(each, chosen=tuple(options.policies)) for each in chosen]
     jobs = [(market, policy) for market in chosen for policy in market.policies]
-    play(jobs, options.jobs, root / "logs")
+    try:
+        play(jobs, options.jobs, root / "logs")
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
     every = {market.name: read(market, root) for market in chosen}
     console = Console(width=170)
     for market in chosen:
