@@ -27,6 +27,7 @@ from forecasting.events import (
     DataRejected,
     DataUpdated,
     DriftDetected,
+    ModelCondemned,
     ModelRolledBack,
     ModelUnservable,
     PerformanceDegraded,
@@ -62,6 +63,7 @@ class Targets:
 
     retrain: UUID
     daily: UUID
+    rollback: UUID
 
 
 def automations(targets: Targets, webhook: UUID | None, settings: Settings) -> list[AutomationCore]:
@@ -72,7 +74,10 @@ def automations(targets: Targets, webhook: UUID | None, settings: Settings) -> l
         webhook: id of the block that is told; None: the automations that tell are left out.
         settings: what is told when.
     """
-    wanted = [_retrain(targets.retrain), _chain(targets.daily), _crashed()]
+    wanted = [
+        *(_retrain(targets.retrain), _chain(targets.daily)),
+        *(_rollback(targets.rollback), _crashed()),
+    ]
     return wanted if webhook is None else [*wanted, *_notifications(webhook, settings)]
 
 
@@ -109,6 +114,26 @@ def _chain(deployment: UUID) -> AutomationCore:
                 parameters={
                     "symbols": "{{ event.payload.symbols }}",
                     "as_of": "{{ event.payload.as_of }}",
+                },
+            )
+        ],
+    )
+
+
+def _rollback(deployment: UUID) -> AutomationCore:
+    return AutomationCore(
+        name="perennial: a condemned version starts rollback",
+        description="Where a person has to approve (PERENNIAL_APPROVAL): the run pauses and asks. "
+        "Where not, the monitor has rolled back already.",
+        trigger=_each({ModelCondemned.name}),
+        actions=[
+            RunDeployment(
+                deployment_id=deployment,
+                parameters={
+                    "forecaster": "{{ event.payload.forecaster }}",
+                    "version": "{{ event.payload.previous }}",
+                    "why": "{{ event.payload.why }}",
+                    "watched": "{{ event.payload.probation }}",
                 },
             )
         ],
@@ -170,6 +195,7 @@ def _notifications(webhook: UUID, settings: Settings) -> list[AutomationCore]:
         "a version cannot be served": _each({ModelUnservable.name}),
         "forecasts got worse": _each({PerformanceDegraded.name}),
         "a version was rolled back": _each({ModelRolledBack.name}),
+        "a rollback waits for a person": _each({ModelCondemned.name}),
     }
     return [
         AutomationCore(
@@ -210,7 +236,9 @@ def apply(client: SyncPrefectClient, settings: Settings) -> list[str]:
         ServiceError: a deployment that is started is not there yet.
     """
     targets = Targets(
-        retrain=_deployment(client, "retrain/retrain"), daily=_deployment(client, "daily/daily")
+        retrain=_deployment(client, "retrain/retrain"),
+        daily=_deployment(client, "daily/daily"),
+        rollback=_deployment(client, "rollback/rollback"),
     )
     wanted = automations(targets, _webhook(settings.notify_url), settings)
     done = [_put(client, automation) for automation in wanted]

@@ -353,7 +353,8 @@ class Training:
             return self.result("refused", list(verdict.reasons), scores=scores)
         why = verdict.summary()
         if self.settings.approval:
-            answer = ask(self.settings, self.engine, self.forecaster, card)
+            question = f"May this version of **{self.forecaster}** go into production?\n\n{card}"
+            answer = ask(self.settings, self.engine, self.forecaster, question)
             if not answer.approve:
                 return self.result("refused", [str(answer)], scores=scores)
             why = f"{why} {answer}"

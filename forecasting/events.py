@@ -195,6 +195,29 @@ class ModelRolledBack(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.forecaster.{self.forecaster}"
 
 
+class ModelCondemned(msgspec.Struct, frozen=True, kw_only=True):
+    """A version on probation is worse than `previous`, and a person is to approve its rollback.
+
+    `evidence` is an e-value, at least one over the false-alarm rate; `probation` is its line.
+    """
+
+    schema: Literal[1] = 1
+    forecaster: str
+    version: int
+    previous: int
+    as_of: date
+    probation: str
+    evidence: float
+    why: str
+
+    name = "perennial.model.condemned"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.forecaster.{self.forecaster}"
+
+
 class ModelUnservable(msgspec.Struct, frozen=True, kw_only=True):
     """The server cannot take up a version that an alias names; what it served before stays."""
 
@@ -221,6 +244,7 @@ Event = (
     | ModelPromoted
     | ModelRefused
     | ModelRolledBack
+    | ModelCondemned
     | ModelUnservable
 )
 

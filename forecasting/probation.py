@@ -2,6 +2,7 @@
 
     watching ──▶ passed         the days went by
         ├──────▶ rolled-back    worse beyond doubt; the other one is in production again
+        ├──────▶ kept           worse beyond doubt; a person had it stay
         └──────▶ superseded     another promotion came first
 
 A probation belongs to one line of `promotions`. Each market day both versions forecast from the
@@ -23,11 +24,12 @@ from sqlalchemy import Engine, Row, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from forecasting import audit, metrics
+from forecasting.errors import RegistryError
 from forecasting.sequential import wealth
 from forecasting.sessions import sessions_after, sessions_between
 from forecasting.store import exclude_writers, now, predictions, probations, promotions
 
-State = Literal["watching", "passed", "rolled-back", "superseded"]
+State = Literal["watching", "passed", "rolled-back", "kept", "superseded"]
 LEAST_SCALE = 0.5
 """Of the CRPS that the version before expects of itself: where two forecasts are nearly the same
 nothing much is bet."""
@@ -250,6 +252,23 @@ def history(engine: Engine, forecaster: str) -> list[Probation]:
     with engine.connect() as connection:
         rows = connection.execute(query.order_by(probations.c.created_at.desc()))
         return [_as_probation(row) for row in rows]
+
+
+def find(engine: Engine, identity: str) -> Probation:
+    """One probation.
+
+    Raises:
+        RegistryError: there is none of that id.
+    """
+    query = select(probations).where(probations.c.id == identity)
+    with engine.connect() as connection:
+        row = connection.execute(query).one_or_none()
+    if row is None:
+        raise RegistryError(
+            f"There is no probation {identity}; ids are those of promotions, as the table "
+            "`probations` holds them."
+        )
+    return _as_probation(row)
 
 
 def standing(engine: Engine, forecaster: str) -> Replacement | None:

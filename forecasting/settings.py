@@ -199,10 +199,12 @@ class Settings(BaseSettings):
         description="Probability of rolling back a version that is no worse, in all of these days.",
     )
     approval: bool = Field(
-        False, description="Whether a person has to approve what the gate would promote."
+        False,
+        description="Whether a person has to approve what the gate would promote, and what a "
+        "probation would roll back.",
     )
     approval_hours: float = Field(
-        24.0, gt=0, description="How long a promotion waits for a person before it is refused."
+        24.0, gt=0, description="How long a run waits for a person; no answer is a no."
     )
     # server -----------------------------------------------------------------------------------
     host: str = Field("127.0.0.1", description="Address that the inference server binds.")

@@ -17,6 +17,8 @@ from forecasting import audit
 from forecasting.errors import ConfigError
 from forecasting.settings import Settings
 
+NOBODY = "nobody"
+"""Who answers where nobody did."""
 POLL_SECONDS = 2
 """How often a paused run asks whether it was answered."""
 
@@ -47,7 +49,7 @@ def require_approvable(settings: Settings) -> None:
         )
 
 
-def ask(settings: Settings, engine: Engine, forecaster: str, card: str) -> Approval:
+def ask(settings: Settings, engine: Engine, forecaster: str, question: str) -> Approval:
     """Pause the flow run until a person has decided, and put that into the audit.
 
     Call it inside a flow, outside of tasks.
@@ -55,8 +57,8 @@ def ask(settings: Settings, engine: Engine, forecaster: str, card: str) -> Appro
     Args:
         settings: `approval_hours`.
         engine: of the audit.
-        forecaster: what would be promoted.
-        card: Markdown of the candidate's model card, with the verdict.
+        forecaster: whose version in production would be another one.
+        question: Markdown above the form, with all that it takes to decide.
 
     Returns:
         What was answered; a refusal where nobody did in time.
@@ -69,9 +71,7 @@ def ask(settings: Settings, engine: Engine, forecaster: str, card: str) -> Appro
         url,
         settings.approval_hours,
     )
-    form = Approval.with_initial_data(
-        description=f"May this version of **{forecaster}** go into production?\n\n{card}"
-    )
+    form = Approval.with_initial_data(description=question)
     try:
         answer: Approval = pause_flow_run(
             wait_for_input=form,
@@ -81,7 +81,7 @@ def ask(settings: Settings, engine: Engine, forecaster: str, card: str) -> Appro
     except FlowPauseTimeout:
         _go_on()
         reason = f"no answer within {settings.approval_hours:g} hours (PERENNIAL_APPROVAL_HOURS)."
-        answer = Approval(approve=False, who="nobody", reason=reason)
+        answer = Approval(approve=False, who=NOBODY, reason=reason)
     details = {"approve": answer.approve, "flow_run_id": str(flow_run.id or "")}
     with engine.begin() as connection:
         audit.add(

@@ -25,6 +25,7 @@ from forecasting.errors import (
     RegistryError,
     ServiceError,
 )
+from forecasting.events import ModelCondemned, put_once
 from forecasting.probation import Probation
 from forecasting.registry import PRODUCTION, Registry
 from forecasting.sessions import count_sessions, sessions_between
@@ -59,7 +60,8 @@ class Scene:
 def watch(scene: Scene) -> str:
     """Look at the forecaster's probation; what came of it, empty where there is none.
 
-    Call it inside a flow. A version that is worse than the one before it is rolled back.
+    Call it inside a flow. A version that is worse than the one before it is rolled back; where a
+    person has to approve that, it is told, and an automation starts the run that asks.
 
     Raises:
         RegistryError: the registry is away.
@@ -74,7 +76,11 @@ def watch(scene: Scene) -> str:
             log_forecasts(scene.settings, made)
             drain_log(scene.settings)
         watched = look(scene, watched)
-    return roll_back(scene, watched) if watched.condemned else _told(watched)
+    if not watched.condemned:
+        return _told(watched)
+    if scene.settings.approval:
+        return condemn(scene, watched)
+    return roll_back(scene, watched)
 
 
 @task(name="find-probation", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
@@ -174,6 +180,22 @@ def look(scene: Scene, watched: Probation) -> Probation:
     get_run_logger().info(_told(after))
     _show(after)
     return after
+
+
+@task(name="condemn", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def condemn(scene: Scene, watched: Probation) -> str:
+    """Tell that a version is to be rolled back, once a day until a person has decided."""
+    told = ModelCondemned(
+        forecaster=watched.forecaster,
+        version=watched.version,
+        previous=watched.previous,
+        as_of=scene.as_of,
+        probation=watched.id,
+        evidence=float(watched.evidence.get("peak") or 1 / scene.settings.probation_alpha),
+        why=watched.summary,
+    )
+    put_once(scene.engine, told, same=f"{watched.id} {scene.as_of}")
+    return f"{_told(watched)} A person is asked whether to roll it back."
 
 
 def roll_back(scene: Scene, watched: Probation) -> str:

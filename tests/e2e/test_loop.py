@@ -72,8 +72,9 @@ def test_nothing_is_served_before_the_first_model(stack: Stack) -> None:
 
 
 def test_the_automations_are_applied_once_however_often(stack: Stack, api: PrefectApi) -> None:
-    assert stack.run("deployments.automations").count("unchanged: ") == 3
-    targets = Targets(api_id(api, "retrain/retrain"), api_id(api, "daily/daily"))
+    assert stack.run("deployments.automations").count("unchanged: ") == 4
+    started = ("retrain/retrain", "daily/daily", "rollback/rollback")
+    targets = Targets(*(api_id(api, name) for name in started))
     wanted = sorted(each.name for each in automations(targets, None, load_settings()))
     found = httpx.post(f"{stack.prefect_url}/api/automations/filter", json={}).json()
     assert sorted(each["name"] for each in found) == wanted

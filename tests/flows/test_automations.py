@@ -44,12 +44,14 @@ from deployments.automations import (
 from deployments.stack import POOL, PREFECT_FILE
 from flows.daily import daily
 from flows.retrain import retrain
+from flows.rollback import rollback
 from forecasting import events
 from forecasting.errors import ServiceError
 from forecasting.events import (
     DataFaulty,
     DataUpdated,
     DriftDetected,
+    ModelCondemned,
     ModelRolledBack,
     ModelUnservable,
     PerformanceDegraded,
@@ -60,6 +62,7 @@ from tasks.events import deliver
 from tests.flows.support import configured, rows_of
 from tests.serving.running import until
 
+STARTED = (retrain, daily, rollback)
 FILE = yaml.safe_load(PREFECT_FILE.read_text())
 DEPLOYMENTS = FILE["deployments"]
 
@@ -68,11 +71,13 @@ def plan(**changes: object) -> list[str]:
     """Names of what there should be."""
     settings = load_settings(**changes)
     webhook = uuid4() if settings.notify_url.get_secret_value() else None
-    return [each.name for each in automations(Targets(uuid4(), uuid4()), webhook, settings)]
+    return [
+        each.name for each in automations(Targets(uuid4(), uuid4(), uuid4()), webhook, settings)
+    ]
 
 
-RETRAIN, CHAIN, CRASHED = plan()
-TOLD = plan(notify_url="http://somewhere")[3:]
+RETRAIN, CHAIN, ROLLBACK, CRASHED = CORE = plan()
+TOLD = plan(notify_url="http://somewhere")[4:]
 
 
 @pytest.fixture
@@ -86,10 +91,9 @@ def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
 
 @pytest.fixture
 def targets(client: SyncPrefectClient) -> Targets:
-    """The deployments `retrain/retrain` and `daily/daily`."""
+    """The deployments of the flows that automations start."""
     return Targets(
-        client.create_deployment(client.create_flow(retrain), "retrain"),
-        client.create_deployment(client.create_flow(daily), "daily"),
+        *(client.create_deployment(client.create_flow(each), each.name) for each in STARTED)
     )
 
 
@@ -101,7 +105,7 @@ def forget(client: SyncPrefectClient) -> None:
 
 
 def ours(client: SyncPrefectClient) -> list[Automation]:
-    names = (RETRAIN, CHAIN, CRASHED, *TOLD, *RETIRED)
+    names = (*CORE, *TOLD, *RETIRED)
     return [each for name in names for each in client.read_automations_by_name(name)]
 
 
@@ -117,8 +121,8 @@ def test_without_deployments_it_says_what_to_do_first(client: SyncPrefectClient)
 
 def test_applied_twice_there_is_one_of_each(client: SyncPrefectClient, targets: Targets) -> None:
     for settings, names in (
-        (load_settings(), [RETRAIN, CHAIN, CRASHED]),
-        (load_settings(notify_url="http://127.0.0.1:9/"), [RETRAIN, CHAIN, CRASHED, *TOLD]),
+        (load_settings(), [*CORE]),
+        (load_settings(notify_url="http://127.0.0.1:9/"), [*CORE, *TOLD]),
     ):
         apply(client, settings)
         first = ours(client)
@@ -137,8 +141,8 @@ def test_without_an_address_nothing_tells_and_nothing_is_left(
     document = client.read_block_document_by_name(WEBHOOK_BLOCK, "webhook", include_secrets=False)
     assert "hush" not in document.model_dump_json(), "shown to nobody in the UI"
     done = apply(client, load_settings())
-    assert sorted(done[3:]) == sorted(f"removed: {name}" for name in TOLD)
-    assert [each.name for each in ours(client)] == [RETRAIN, CHAIN, CRASHED]
+    assert sorted(done[4:]) == sorted(f"removed: {name}" for name in TOLD)
+    assert [each.name for each in ours(client)] == [*CORE]
     with pytest.raises(ObjectNotFound):
         client.read_block_document_by_name(WEBHOOK_BLOCK, "webhook")
 
@@ -150,21 +154,21 @@ def test_one_of_an_earlier_version_is_removed_and_one_of_somebody_else_is_not(
         made = automations(targets, None, load_settings())[0]
         client.create_automation(made.model_copy(update={"name": name}))
     assert f"removed: {RETIRED[0]}" in apply(client, load_settings())
-    assert [each.name for each in ours(client)] == [RETRAIN, CHAIN, CRASHED]
+    assert [each.name for each in ours(client)] == [*CORE]
     assert len(client.read_automations_by_name("perennial: my own")) == 1
 
 
 def test_a_changed_one_is_put_back(client: SyncPrefectClient, targets: Targets) -> None:
     apply(client, load_settings())
     before = ours(client)
-    other = automations(Targets(uuid4(), uuid4()), None, load_settings())[2]
+    other = automations(Targets(uuid4(), uuid4(), uuid4()), None, load_settings())[3]
     other.trigger.within *= 2
     for each in before:
         changed = other.model_copy(update={"name": each.name, "description": "by hand"})
         client.update_automation(each.id, changed)
     assert [without_id(each) for each in ours(client)] != [without_id(each) for each in before]
     done = apply(client, load_settings())
-    assert done == [f"updated: {name}" for name in (RETRAIN, CHAIN, CRASHED)]
+    assert done == [f"updated: {name}" for name in CORE]
     assert [without_id(each) for each in ours(client)] == [without_id(each) for each in before]
 
 
@@ -177,21 +181,25 @@ def test_one_that_was_switched_off_by_hand_stays_off(
     client.update_automation(found.id, changed.model_copy(update={"description": "by hand"}))
     client.pause_automation(found.id)
     assert f"updated: {RETRAIN}" in apply(client, load_settings())
-    assert [each.enabled for each in ours(client)] == [False, True, True]
+    assert [each.enabled for each in ours(client)] == [False, True, True, True]
 
 
 def test_duplicates_are_removed(client: SyncPrefectClient, targets: Targets) -> None:
     for _ in range(2):
         for each in automations(targets, None, load_settings()):
             client.create_automation(each)
-    assert len(ours(client)) == 6
+    assert len(ours(client)) == 8
     apply(client, load_settings())
-    assert [each.name for each in ours(client)] == [RETRAIN, CHAIN, CRASHED]
+    assert [each.name for each in ours(client)] == [*CORE]
 
 
 @pytest.mark.parametrize(
     ("position", "started", "kinds"),
-    [(0, retrain, (DriftDetected, PerformanceDegraded)), (1, daily, (DataUpdated,))],
+    [
+        (0, retrain, (DriftDetected, PerformanceDegraded)),
+        (1, daily, (DataUpdated,)),
+        (2, rollback, (ModelCondemned,)),
+    ],
 )
 def test_a_deployment_is_run_with_parameters_it_has_from_what_the_event_says(
     client: SyncPrefectClient,
@@ -203,17 +211,18 @@ def test_a_deployment_is_run_with_parameters_it_has_from_what_the_event_says(
     apply(client, load_settings())
     (action,) = ours(client)[position].actions
     assert isinstance(action, RunDeployment)
-    assert action.deployment_id == (targets.retrain, targets.daily)[position]
+    assert action.deployment_id == (targets.retrain, targets.daily, targets.rollback)[position]
     assert set(action.parameters) <= set(inspect.signature(started.fn).parameters)
     for name, template in action.parameters.items():
         if name != "trigger":
-            assert template == f"{{{{ event.payload.{name} }}}}"
-            assert all(name in kind.__struct_fields__ for kind in kinds)
+            told = {"version": "previous", "watched": "probation"}.get(name, name)
+            assert template == f"{{{{ event.payload.{told} }}}}"
+            assert all(told in kind.__struct_fields__ for kind in kinds)
 
 
 def test_lost_runs_become_crashed(client: SyncPrefectClient, targets: Targets) -> None:
     apply(client, load_settings())
-    (action,) = ours(client)[2].actions
+    (action,) = ours(client)[3].actions
     assert isinstance(action, ChangeFlowRunState)
     assert action.state == StateType.CRASHED
 
@@ -296,7 +305,7 @@ def test_every_deployment_carries_the_tag_and_the_pool() -> None:
 
 
 def test_runs_send_heartbeats_well_within_the_automations_window() -> None:
-    crashed = automations(Targets(uuid4(), uuid4()), None, load_settings())[2]
+    crashed = automations(Targets(uuid4(), uuid4(), uuid4()), None, load_settings())[3]
     window = crashed.trigger.within.total_seconds()
     assert window == HEARTBEAT_SECONDS
     for each in DEPLOYMENTS:
@@ -340,7 +349,7 @@ def test_one_training_runs_at_a_time_without_a_lease(client: SyncPrefectClient) 
     """Prefect cancels a run that pauses for an approval if its deployment has a limit."""
     pool = client.create_work_pool(WorkPoolCreate(name="somewhere", type="process"))
     queue = client.create_work_queue(TRAINING, work_pool_name=pool.name)
-    for each in (retrain, daily):
+    for each in STARTED:
         client.create_deployment(
             client.create_flow(each),
             each.name,
@@ -403,6 +412,18 @@ def degraded() -> PerformanceDegraded:
     )
 
 
+def condemned() -> ModelCondemned:
+    return ModelCondemned(
+        forecaster="perennial-goog",
+        version=2,
+        previous=1,
+        as_of=date(2008, 10, 24),
+        probation="a-promotion",
+        evidence=31.0,
+        why="Worse than version 1.",
+    )
+
+
 def runs_of(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
     wanted = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
     return client.read_flow_runs(deployment_filter=wanted, limit=200)
@@ -414,11 +435,18 @@ def test_events_start_runs_with_typed_parameters(
     apply(client, load_settings())
     day = date(2008, 10, 24)
     new = DataUpdated(symbols=("GOOG", "IBM"), as_of=day, dataset_md5="d" * 32)
-    put_all(settings, [degraded(), new])
+    put_all(settings, [degraded(), new, condemned()])
     (retrained,) = until(lambda: runs_of(client, targets.retrain), "a retrain")
     assert (retrained.parameters["symbol"], retrained.parameters["as_of"]) == ("GOOG", str(day))
     (round_,) = until(lambda: runs_of(client, targets.daily), "a daily round")
     assert round_.parameters == {"symbols": ["GOOG", "IBM"], "as_of": str(day)}
+    (asked,) = until(lambda: runs_of(client, targets.rollback), "a rollback")
+    assert asked.parameters == {
+        "forecaster": "perennial-goog",
+        "version": 1,
+        "why": "Worse than version 1.",
+        "watched": "a-promotion",
+    }
 
 
 STORM = 20
@@ -515,7 +543,7 @@ def test_a_person_is_told_through_the_webhook(
     back = ModelRolledBack(
         forecaster="perennial-goog", version=1, rolled_back=2, who="me", why="worse"
     )
-    put_all(settings, [faulty, broken, back, degraded()])
+    put_all(settings, [faulty, broken, back, condemned(), degraded()])
     with tags(TAG):
         for _ in range(2):
             fails(return_state=True)

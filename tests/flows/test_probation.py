@@ -14,13 +14,17 @@ from sqlalchemy import Engine
 
 from flows.monitor import monitor
 from flows.retrain import retrain
-from forecasting import datasets, probation, promotion
+from flows.rollback import rollback
+from forecasting import audit, datasets, probation, promotion
+from forecasting.errors import RegistryError
+from forecasting.events import ModelCondemned
+from forecasting.probation import Probation
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.sessions import sessions_after
 from forecasting.settings import Settings
-from forecasting.store import open_engine, predictions
+from forecasting.store import open_engine, outbox, predictions
 from tasks.probation import Scene, watch
-from tests.flows.support import configured, rows_of
+from tests.flows.support import answer, configured, meanwhile, paused, rows_of
 from tests.models import write_model_folder
 
 NAME = "perennial-goog"
@@ -152,6 +156,58 @@ def test_a_rollback_whose_process_died_is_finished_by_the_next_look(settings, re
     assert look_at(settings, registry, engine, SESSIONS[5]) == ""
     assert [each.state for each in probation.history(engine, NAME)] == ["rolled-back"] * 2
     assert len(promotion.history(engine, NAME)) == 5
+
+
+def asked_to_roll_back(settings: Settings, watched: Probation, **form: object) -> object:
+    """The run that the automation starts, answered by a person; what it came to."""
+    name = f"rollback, approved: {form['approve']}"
+    asking = rollback.with_options(flow_run_name=name)
+    with meanwhile(lambda: answer(paused(name), **form)) as said:
+        result = asking(NAME, watched.previous, watched.summary, watched=watched.id)
+    assert said == ["ACCEPT"]
+    return result
+
+
+def test_a_person_decides_on_a_rollback_where_one_has_to_approve(settings, registry, engine):
+    promote(settings, registry, engine, 1, 2)
+    with configured(settings.home, approval=True) as asked:
+        for _ in range(2):
+            told = look_at(asked, registry, engine, SESSIONS[12])
+            assert "A person is asked whether to roll it back." in told
+        assert registry.alias(NAME, PRODUCTION) == 2, "nothing moves before"
+        (watched,) = probation.watching(engine, NAME)
+        rows = rows_of(asked, outbox, "occurred_at")
+        (event,) = (row for row in rows if row["name"] == ModelCondemned.name)
+        assert event["payload"]["probation"] == watched.id
+        assert event["payload"]["evidence"] >= 20
+        look_at(asked, registry, engine, SESSIONS[13])  # not decided: asked again
+        names = [row["name"] for row in rows_of(asked, outbox)]
+        assert names.count(ModelCondemned.name) == 2
+        decided = {"approve": True, "who": "Ada", "reason": "it is"}
+        assert asked_to_roll_back(asked, watched, **decided).version == 1
+        assert registry.alias(NAME, PRODUCTION) == 1
+        assert "Approved by Ada: it is" in promotion.history(engine, NAME)[0].why
+        assert look_at(asked, registry, engine, SESSIONS[14]) == ""
+    assert [each.state for each in probation.history(engine, NAME)] == ["rolled-back"]
+    assert registry.version(NAME, 2).tags["probation"] == "rolled-back"
+
+
+def test_a_version_that_a_person_keeps_stays_and_nobody_is_asked_again(settings, registry, engine):
+    promote(settings, registry, engine, 1, 2)
+    with configured(settings.home, approval=True) as asked:
+        look_at(asked, registry, engine, SESSIONS[12])
+        (watched,) = probation.watching(engine, NAME)
+        decided = {"approve": False, "who": "Ada", "reason": "the market is odd"}
+        assert asked_to_roll_back(asked, watched, **decided) is None
+        assert look_at(asked, registry, engine, SESSIONS[13]) == ""
+        assert rollback(NAME, watched=watched.id) is None, "decided: nobody is asked"
+    assert registry.alias(NAME, PRODUCTION) == 2
+    assert [each.state for each in probation.history(engine, NAME)] == ["kept"]
+    lines = {line.kind: line for line in audit.read(engine)}
+    assert (lines["approval"].who, lines["approval"].reason) == ("Ada", "the market is odd")
+    assert (lines["probation"].who, lines["probation"].details["state"]) == ("Ada", "kept")
+    with pytest.raises(RegistryError, match="no probation nothing"):
+        rollback(NAME, version=1, watched="nothing")
 
 
 def test_another_promotion_ends_a_probation(settings, registry, engine):
