@@ -236,6 +236,8 @@ class Stack:
 
     def stop(self) -> None:
         """Stop every process of the stack and all their children; the server drains first."""
+        if not self.processes:  # refused, maybe for a stack of this home that runs
+            return
         writers = [self.processes.pop(name) for name in WRITERS if name in self.processes]
         self._end(writers)
         self._end(list(self.processes.values()))

@@ -211,6 +211,8 @@ def test_what_a_killed_stack_left_is_ended_by_the_next_one(tmp_path):
         stack = Tiny(tmp_path, ports, made=lambda _: [http_server("prefect", ports.prefect)])
         with pytest.raises(ConfigError, match=f"runs already, as process {first.pid}"):
             stack.start()
+        stack.stop()
+        assert (tmp_path / "stack.json").exists(), "it is the other one's"
         assert all(process.is_running() for process in left)
         first.kill()
     assert len(left) == 3
