@@ -130,12 +130,17 @@ class Study:
 
     def propose(self) -> Proposal:
         """The next trial: what a dead process left in flight, then what is drawn anew."""
+        # drawn from the seed and the number alone: a search that goes on draws as one that
+        # was never interrupted, whatever order its trials end in
         if self._lost:
             number = self._lost.pop(0)
+            self._study.sampler = _sampler(self._seed + number)
             trial = Trial(self._study, self._frozen(number)._trial_id)
+            for name, distribution in self.space.items():
+                # as `ask` does: Optuna writes a trial's parameters one by one, and the process
+                # may have died between two of them
+                trial._suggest(name, distribution)
         else:
-            # drawn from the seed and the number alone: a search that goes on draws as one that
-            # was never interrupted, whatever order its trials end in
             self._study.sampler = _sampler(self._seed + len(self.trials))
             trial = self._study.ask(fixed_distributions=self.space)
         self._live[trial.number] = trial

@@ -48,6 +48,26 @@ def test_every_proposal_is_drawn_from_seed_and_number_alone(tmp_path):
     assert first + rest[2:] == expected
 
 
+def test_a_trial_that_was_cut_off_while_it_was_drawn_gets_all_its_parameters(tmp_path):
+    whole = _study(tmp_path / "whole")
+    proposals = [whole.propose() for _ in range(2)]
+    journal = (tmp_path / "whole" / "study.journal").read_bytes().splitlines(keepends=True)
+    second = len(journal) - len(SPACE)  # lines up to the second trial, without its parameters
+    for kept in range(second, len(journal) + 1):
+        folder = tmp_path / str(kept)
+        folder.mkdir()
+        (folder / "study.journal").write_bytes(b"".join(journal[:kept]))
+        again = _study(folder)
+        first, cut_off = again.propose(), again.propose()
+        assert not again.in_flight()
+        assert (first, cut_off.number) == (proposals[0], 1)
+        assert cut_off.params.keys() == SPACE.keys()
+        written = [*SPACE][: kept - second]
+        assert all(cut_off.params[name] == proposals[1].params[name] for name in written)
+        if not written:
+            assert cut_off == proposals[1]
+
+
 def test_what_a_dead_process_told_is_known_and_its_checkpoint_kept(tmp_path):
     study = _study(tmp_path)
     for number in range(2):
