@@ -43,8 +43,10 @@ from forecasting.store import engine_of
 LEARNED, CALM, CHANGED = 1000, 60, 780
 """Market days of a planted market before its replay, in it before the change, and after."""
 
-PURPLE = "#8250df"
-COLOURS = dict(zip([*POLICIES, ORACLE], (GREY, BLUE, GREEN, ORANGE, RED, INK, PURPLE), strict=True))
+PURPLE, TEAL = "#8250df", "#1b7c83"
+COLOURS = dict(
+    zip([*POLICIES, ORACLE], (GREY, BLUE, GREEN, ORANGE, RED, INK, TEAL, PURPLE), strict=True)
+)
 PLANTED = {
     "PERENNIAL_GATE_DAYS": "60",
     "PERENNIAL_VALIDATION_DAYS": "60",

@@ -23,10 +23,10 @@ from pydantic import SecretStr
 
 from forecasting.errors import ServiceError
 from forecasting.events import (
+    RETRAINING,
     DataFaulty,
     DataRejected,
     DataUpdated,
-    DriftDetected,
     ModelCondemned,
     ModelRolledBack,
     ModelUnservable,
@@ -44,7 +44,10 @@ DAILY = CronSchedule(cron="0 19 * * 1-5", timezone="America/New_York")
 """After the close in New York; the flow knows the holidays, and makes up for what was missed."""
 TRAINING = "training"
 """Work queue of the flows that train, one at a time."""
-RETIRED = ("perennial: drift starts retrain",)
+RETIRED = (
+    "perennial: drift starts retrain",
+    "perennial: drift or degraded performance starts retrain",
+)
 """Names that earlier versions gave; automations of these names are removed."""
 PAYLOAD = """{
   "text": {{ (automation.name ~ (": " ~ event.resource.id if event else "")) | tojson }},
@@ -83,11 +86,11 @@ def automations(targets: Targets, webhook: UUID | None, settings: Settings) -> l
 
 def _retrain(deployment: UUID) -> AutomationCore:
     return AutomationCore(
-        name="perennial: drift or degraded performance starts retrain",
+        name="perennial: drift, degraded performance or age starts retrain",
         description="A run for each event; the ledger lets one train, and keeps why others did "
         "not.",
         trigger=_each(
-            {DriftDetected.name, PerformanceDegraded.name},
+            set(RETRAINING),
             match={"prefect.resource.id": "perennial.symbol.*"},
         ),
         actions=[

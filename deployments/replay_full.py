@@ -21,7 +21,7 @@ from deployments.prefect_api import PrefectApi
 from deployments.stack import Stack
 from forecasting import replay as lines
 from forecasting.errors import ServiceError
-from forecasting.events import DriftDetected, PerformanceDegraded
+from forecasting.events import RETRAINING
 from forecasting.replay import Policy, metered
 from forecasting.settings import PREFIX
 from forecasting.store import engine_of
@@ -29,8 +29,6 @@ from forecasting.store import engine_of
 if TYPE_CHECKING:
     from flows.replay import OnDay, Span
 
-STARTING = frozenset({DriftDetected.name, PerformanceDegraded.name})
-"""Events that start a retrain, through an automation."""
 CHAIN = frozenset({"perennial.data.updated"})
 """Events that start the flows of a day, which are played here in their order."""
 _CHANGED = {"name", "description", "enabled", "tags", "trigger", "actions"}
@@ -101,7 +99,7 @@ def listen_only_to(policy: Policy) -> None:
     with get_client(sync_client=True) as client:
         for automation in client.read_automations():
             trigger = automation.trigger
-            if not (isinstance(trigger, EventTrigger) and trigger.expect & (STARTING | CHAIN)):
+            if not (isinstance(trigger, EventTrigger) and trigger.expect & (RETRAINING | CHAIN)):
                 continue
             heard = trigger.expect & policy.events
             if heard:

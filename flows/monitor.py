@@ -20,6 +20,7 @@ from tasks.accounting import accounted
 from tasks.events import telling
 from tasks.monitor import (
     alarm,
+    alarm_aged,
     check_days,
     compare,
     draw,
@@ -62,6 +63,7 @@ class MonitorResult(BaseModel):
     evidence: float | None = None
     performance: str = ""
     degraded_event_id: UUID | None = None
+    aged_event_id: UUID | None = None
     probation: str = ""
 
 
@@ -77,7 +79,8 @@ def monitor(
 
     Only the newest check acts: it says what is true now. It emits `perennial.drift.detected`, once
     a day and version, which an automation answers with the deployment `retrain`; forecasts that got
-    worse than they should be are `perennial.performance.degraded`, as often. Prices that
+    worse than they should be are `perennial.performance.degraded`, as often; where neither is, but
+    the last retrain was long ago, `perennial.model.aged`. Prices that
     cannot be right, or did not come, are `perennial.data.faulty`; no training follows from them.
     A version on probation that is worse than the one before it is rolled back.
 
@@ -149,6 +152,9 @@ def _check(
         seen.event_id = alarm(engine, contract, version, symbol, newest)
     if fares.degraded and tells:
         seen.degraded_event_id = alarm_degraded(engine, fares)
+    if tells and settings.retrain_after_days and not (newest.drifted or fares.degraded):
+        most = settings.retrain_after_days
+        seen.aged_event_id = alarm_aged(engine, contract, version, symbol, newest.recent_end, most)
     answered = Served([], [])
     if is_new or page_due(settings.report_days, after, newest.recent_end):
         answered = watch_served(

@@ -141,6 +141,29 @@ class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
         return f"perennial.symbol.{self.symbol}"
 
 
+class ModelAged(msgspec.Struct, frozen=True, kw_only=True):
+    """Nothing alarmed, but the version in production has been left alone for long enough.
+
+    `since` is the market day of the last retrain, or of the version's own training; `days` are the
+    trading days from there.
+    """
+
+    schema: Literal[1] = 1
+    symbol: str
+    as_of: date
+    forecaster: str
+    version: int
+    since: date
+    days: int
+
+    name = "perennial.model.aged"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.symbol.{self.symbol}"
+
+
 class ModelPromoted(msgspec.Struct, frozen=True, kw_only=True):
     """A newer version holds the alias `production`; `served` is what the server said of it."""
 
@@ -238,6 +261,7 @@ class ModelUnservable(msgspec.Struct, frozen=True, kw_only=True):
 Event = (
     DriftDetected
     | PerformanceDegraded
+    | ModelAged
     | DataRejected
     | DataUpdated
     | DataFaulty
@@ -247,6 +271,10 @@ Event = (
     | ModelCondemned
     | ModelUnservable
 )
+
+
+RETRAINING = frozenset({DriftDetected.name, PerformanceDegraded.name, ModelAged.name})
+"""Events that ask for a retrain; the ledger decides."""
 
 
 class Outgoing(msgspec.Struct, frozen=True):

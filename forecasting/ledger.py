@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 
-from sqlalchemy import Connection, Engine, insert, select, update
+from sqlalchemy import Connection, Engine, func, insert, select, update
 
 from forecasting import audit
 from forecasting.sessions import count_sessions, exchange_day
@@ -140,6 +140,15 @@ def claim(
         )
         connection.commit()
     return Entry(identity, bool(reason), reason)
+
+
+def last_counted(engine: Engine, symbol: str) -> date | None:
+    """Market day of the newest request that started a cooldown; `symbol` as in `claim`."""
+    query = select(func.max(retrains.c.as_of)).where(
+        retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED)
+    )
+    with engine.connect() as connection:
+        return connection.execute(query).scalar_one_or_none()
 
 
 def close(

@@ -19,7 +19,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from forecasting import metrics, outcomes
 from forecasting.costs import WHOLE
-from forecasting.events import DriftDetected, Outgoing, PerformanceDegraded
+from forecasting.events import RETRAINING, DriftDetected, Outgoing, PerformanceDegraded
 from forecasting.metrics import BASIS_POINTS, Array
 from forecasting.store import costs, now, outbox, probations, retrains
 
@@ -76,6 +76,7 @@ POLICIES = {
         Policy("drift", events=_ON_DRIFT),
         Policy("performance", events=_ON_PERFORMANCE),
         Policy("both", events=_ON_DRIFT | _ON_PERFORMANCE),
+        Policy("loop", events=RETRAINING),
     )
 }
 

@@ -151,6 +151,12 @@ class Settings(BaseSettings):
     retrain_cooldown_days: int = Field(
         20, ge=0, description="Trading days during which a symbol is not retrained again."
     )
+    retrain_after_days: int = Field(
+        63,
+        ge=0,
+        description="Trading days after a retrain on which there is another one though nothing "
+        "alarmed; 0: none.",
+    )
     retrain_budget_runs: int = Field(
         5, ge=0, description="Most retrains of all symbols that start in a week; 0: no limit."
     )

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine, and_, func, not_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import breaks, datasets, drift, events, faults, outcomes, workspace
+from forecasting import breaks, datasets, drift, events, faults, ledger, outcomes, workspace
 from forecasting.breaks import Shift
 from forecasting.contract import Contract, read_contract
 from forecasting.drift import DriftVerdict, Reference, Snapshot
@@ -301,4 +301,30 @@ def alarm(
             dataset_md5=contract.dataset_md5,
         ),
         same=f"{symbol} {verdict.recent_end} {contract.forecaster} {version}",
+    )
+
+
+@task(name="alarm-aged", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def alarm_aged(
+    engine: Engine, contract: Contract, version: int, symbol: str, day: date, most: int
+) -> UUID | None:
+    """Write an event into the outbox, once a day and version, `most` trading days after the last
+    retrain; its id. Symbols that share a forecaster share it."""
+    one = len(contract.symbols) == 1
+    last = ledger.last_counted(engine, symbol if one else contract.forecaster)
+    since = max(contract.as_of, last or contract.as_of)
+    days = count_sessions(since, day)
+    if days < most:
+        return None
+    return events.put_once(
+        engine,
+        events.ModelAged(
+            symbol=symbol,
+            as_of=day,
+            forecaster=contract.forecaster,
+            version=version,
+            since=since,
+            days=days,
+        ),
+        same=f"{day} {contract.forecaster} {version}",
     )

@@ -51,6 +51,7 @@ from forecasting.events import (
     DataFaulty,
     DataUpdated,
     DriftDetected,
+    ModelAged,
     ModelCondemned,
     ModelRolledBack,
     ModelUnservable,
@@ -262,6 +263,8 @@ def test_every_symbols_drift_and_nothing_else_starts_a_retrain(
         )
 
     assert trigger.covers(event(drift.name, drift.resource))
+    for asked in (PerformanceDegraded, ModelAged):
+        assert trigger.covers(event(asked.name, drift.resource))
     assert not trigger.covers(event(drift.name, "somebody.elses.symbol.GOOG"))
     assert not trigger.covers(event("perennial.drift.denied", drift.resource))
 

@@ -17,13 +17,13 @@ from prefect.client.orchestration import get_client
 from prefect.events.filters import EventFilter, EventIDFilter, EventOccurredFilter
 
 from flows.monitor import MonitorResult, monitor
-from forecasting import datasets, events, outcomes
+from forecasting import datasets, events, ledger, outcomes
 from forecasting.contract import QUANTILE_LEVELS
 from forecasting.drift import FEATURES, SHIFT
 from forecasting.errors import HistoryError, RegistryError
-from forecasting.events import DriftDetected
+from forecasting.events import DriftDetected, ModelAged
 from forecasting.predictions import Spool
-from forecasting.sessions import sessions_between
+from forecasting.sessions import sessions_after, sessions_between
 from forecasting.settings import Settings
 from forecasting.store import checks, engine_of, outbox, scores
 from tasks.monitor import check_days
@@ -55,8 +55,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(home: Path, tmp_path: Path) -> Iterator[Settings]:
-    """The home of all, and tables of the test's own."""
-    with configured(home, database_url=f"sqlite:///{tmp_path / 'perennial.db'}") as made:
+    """The home of all, and tables of the test's own; age alarms nobody."""
+    own = f"sqlite:///{tmp_path / 'perennial.db'}"
+    with configured(home, database_url=own, retrain_after_days=0) as made:
         yield made
 
 
@@ -326,6 +327,61 @@ def test_degraded_forecasts_are_told_once_by_an_event_that_reaches_prefect(setti
     again = monitor(symbol="GOOG", as_of=CALM, since=date(2007, 6, 28))
     assert again.degraded_event_id == result.degraded_event_id
     assert len(rows_of(settings, outbox)) == 1
+
+
+@pytest.fixture
+def ageing(home: Path, tmp_path: Path) -> Iterator[Settings]:
+    """As `settings`, with the age that is set by default."""
+    with configured(home, database_url=f"sqlite:///{tmp_path / 'perennial.db'}") as made:
+        yield made
+
+
+def asked_for_age(settings: Settings) -> list[tuple[str, str, int]]:
+    """Day, since when, and trading days from there of every event."""
+    rows = [row for row in rows_of(settings, outbox) if row["name"] == ModelAged.name]
+    return [tuple(row["payload"][key] for key in ("as_of", "since", "days")) for row in rows]
+
+
+def test_a_quarter_without_a_retrain_is_told_until_there_is_one(ageing):
+    start, quarter = datetime.now(UTC), sessions_after(TRAINED, ageing.retrain_after_days)
+    assert monitor(symbol="GOOG", as_of=quarter[-2]).aged_event_id is None
+    assert asked_for_age(ageing) == []
+    told = monitor(symbol="GOOG", as_of=quarter[-1])
+    assert told.aged_event_id is not None
+    (event,) = delivered(told.aged_event_id, start)
+    assert event["event"] == "perennial.model.aged"
+    assert event["resource"]["prefect.resource.id"] == "perennial.symbol.GOOG"
+    assert event["payload"] == {
+        "schema": 1,
+        "symbol": "GOOG",
+        "as_of": quarter[-1].isoformat(),
+        "forecaster": NAME,
+        "version": 1,
+        "since": TRAINED.isoformat(),
+        "days": 63,
+    }
+    (following,) = sessions_after(quarter[-1], 1)  # a cooldown may have skipped it, or it failed
+    assert monitor(symbol="GOOG", as_of=following).aged_event_id is not None
+    with engine_of(ageing.sql_url) as engine:  # a retrain that the gate refused is one too
+        asked = {"symbol": "GOOG", "trigger": "age", "flow_run_id": "a run", "as_of": following}
+        entry = ledger.claim(engine, limits=ledger.Limits(), **asked)
+        ledger.close(engine, entry.id, "refused", "not better")
+    after = sessions_after(following, 63)
+    assert monitor(symbol="GOOG", as_of=after[0]).aged_event_id is None
+    assert monitor(symbol="GOOG", as_of=after[-1]).aged_event_id is not None
+    assert asked_for_age(ageing) == [
+        (quarter[-1].isoformat(), TRAINED.isoformat(), 63),
+        (following.isoformat(), TRAINED.isoformat(), 64),
+        (after[-1].isoformat(), following.isoformat(), 63),
+    ]
+
+
+def test_age_is_silent_where_there_is_an_alarm_or_nobody_is_told(ageing):
+    crash = monitor(symbol="GOOG", as_of=CRASH)
+    assert (crash.event_id is None, crash.aged_event_id) == (False, None)
+    made_up = monitor(symbol="GOOG", as_of=CALM, since=CALM - timedelta(days=7), alarms=False)
+    assert (made_up.drifted, made_up.aged_event_id) == (False, None)
+    assert asked_for_age(ageing) == []
 
 
 def test_every_score_is_kept_as_a_series_and_shown(settings):

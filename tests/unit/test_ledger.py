@@ -105,6 +105,18 @@ def test_states_that_start_a_cooldown(engine, state):
     assert f"was retrained ({state})" in claim(engine, run="next").reason
 
 
+def test_the_last_that_counted_is_no_skipped_or_failed_one_nor_anothers(engine):
+    assert ledger.last_counted(engine, "GOOG") is None
+    retrained(engine, DAY)
+    later = sessions_after(DAY, 10)
+    assert claim(engine, later[1], "skipped").skipped
+    ledger.close(engine, claim(engine, later[6], "failed").id, "failed", "it broke")
+    retrained(engine, later[9], symbol="AAPL")
+    assert ledger.last_counted(engine, "GOOG") == DAY
+    retrained(engine, later[7])
+    assert ledger.last_counted(engine, "GOOG") == later[7]
+
+
 def test_on_the_wall_the_cooldown_counts_sessions_since_the_claim(engine):
     """A week has no more than five of them, and whatever the request is about does not matter."""
     retrained(engine, clock="wall")

@@ -13,7 +13,7 @@ from deployments.replay import ASIDE, OWN, SHARED, environment, play
 from flows.replay import Span
 from forecasting import events, replay
 from forecasting.errors import ConfigError
-from forecasting.events import DriftDetected, Outgoing, PerformanceDegraded
+from forecasting.events import DriftDetected, ModelAged, Outgoing, PerformanceDegraded
 from forecasting.replay import DAY, POLICIES, RETRAIN, Meter, Policy
 from forecasting.sessions import sessions_between
 from forecasting.settings import Settings
@@ -48,9 +48,11 @@ def test_calendar_policies_count_market_days_and_hear_nothing():
 
 def test_triggered_policies_hear_their_events_and_no_others():
     heard = {7: DriftDetected.name, 8: PerformanceDegraded.name, 9: "perennial.data.faulty"}
+    heard |= {99: ModelAged.name}
     assert started(POLICIES["drift"], heard) == [7]
     assert started(POLICIES["performance"], heard) == [8]
     assert started(POLICIES["both"], heard) == [7, 8]
+    assert started(POLICIES["loop"], heard) == [7, 8, 99]
 
 
 def test_an_oracle_knows_its_days():
