@@ -4,7 +4,7 @@ A real stack (Prefect server and worker, MLflow, inference server) on free ports
 own, the product's default settings. The table goes to stdout as it is measured; the last line is
 one JSON object. Times are wall-clock seconds unless the name says otherwise; where a figure is
 taken several times, the table shows the spread and the object the median (the worst for
-`train_cold_s` and of a rollback, the 95th percentile for `alias_to_served_p95_s`).
+`train_cold_s`, of a monitor and of a rollback, the 95th percentile for `alias_to_served_p95_s`).
 """
 
 import base64
@@ -32,6 +32,7 @@ from forecasting import datasets, promotion
 from forecasting.contract import CONTRACT_FILE, encode, read_contract
 from forecasting.events import DriftDetected
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry, register_webhook
+from forecasting.sessions import sessions_after
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tests.clients import asking
@@ -39,12 +40,16 @@ from tests.models import write_model_folder
 
 NAME = "perennial-goog"
 COLD_DAYS = (date(2007, 1, 31), date(2007, 2, 28))
+CALM = sessions_after(COLD_DAYS[-1], 10)
+"""Days that are monitored; nothing drifts on them."""
 CRASH = date(2008, 10, 31)
 REPEATS = 5
 MOVES = 50
 BARS = {
     "train_cold_s": 120.0,
     "train_cached_s": 15.0,
+    "monitor_fresh_s": 30.0,
+    "monitor_warm_s": 6.0,
     "serving_import_cpu_s": 1.2,
     "ready_s": 2.0,
     "rss_mb": 150.0,
@@ -66,6 +71,18 @@ _IMPORT = (
     "import serving.app, resource as r; u = r.getrusage(r.RUSAGE_SELF);"
     "print(u.ru_utime + u.ru_stime)"
 )
+_MONITOR = """
+import json, sys, time
+from datetime import date
+from flows.monitor import monitor
+
+taken = []
+for day in map(date.fromisoformat, sys.argv[1:]):
+    began = time.perf_counter()
+    monitor(symbol="GOOG", as_of=day)
+    taken.append(time.perf_counter() - began)
+print(json.dumps(taken[1:]))
+"""
 
 
 class Figures:
@@ -103,6 +120,7 @@ def main() -> int:
             )
             registry = open_registry(settings)
             _training(figures, api)
+            _monitor(figures, stack, api, settings)
             _log_model(figures, registry, root)
             _readiness(figures, stack.home / "store", root)
             weak = _plant(settings, registry, root)
@@ -132,10 +150,28 @@ def _training(figures: Figures, api: PrefectApi) -> None:
     figures.add("train_cached_s", statistics.median(cached), cached)
 
 
-def _run_seconds(api: PrefectApi, day: date) -> float:
+def _run_seconds(api: PrefectApi, day: date, deployment: str = "train/train") -> float:
     began = time.perf_counter()
-    api.wait(api.start("train/train", {"symbol": "GOOG", "as_of": day.isoformat()}), 300)
+    api.wait(api.start(deployment, {"symbol": "GOOG", "as_of": day.isoformat()}), 300)
     return time.perf_counter() - began
+
+
+def _monitor(figures: Figures, stack: Stack, api: PrefectApi, settings: Settings) -> None:
+    """The flow `monitor`, with its page: from request to Completed in a process that the worker
+    starts, and of days one after the other in one process, without the first."""
+    datasets.ingest(settings, ["GOOG"], CALM[-1])
+    fresh = [_run_seconds(api, day, "monitor/monitor") for day in CALM[:3]]
+    figures.add("monitor_fresh_s", max(fresh), fresh)
+    done = subprocess.run(
+        [sys.executable, "-c", _MONITOR, *map(str, CALM[3:])],
+        env=stack.environment(),
+        check=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    warm: list[float] = json.loads(done.stdout.splitlines()[-1])
+    figures.add("monitor_warm_s", max(warm), warm)
 
 
 def _log_model(figures: Figures, registry: Registry, root: Path) -> None:

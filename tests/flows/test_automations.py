@@ -427,6 +427,17 @@ def condemned() -> ModelCondemned:
     )
 
 
+def aged() -> ModelAged:
+    return ModelAged(
+        symbol="AAPL",
+        as_of=date(2008, 10, 27),
+        forecaster="perennial-aapl",
+        version=1,
+        since=date(2008, 7, 28),
+        days=64,
+    )
+
+
 def runs_of(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
     wanted = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
     return client.read_flow_runs(deployment_filter=wanted, limit=200)
@@ -438,9 +449,12 @@ def test_events_start_runs_with_typed_parameters(
     apply(client, load_settings())
     day = date(2008, 10, 24)
     new = DataUpdated(symbols=("GOOG", "IBM"), as_of=day, dataset_md5="d" * 32)
-    put_all(settings, [degraded(), new, condemned()])
-    (retrained,) = until(lambda: runs_of(client, targets.retrain), "a retrain")
-    assert (retrained.parameters["symbol"], retrained.parameters["as_of"]) == ("GOOG", str(day))
+    put_all(settings, [degraded(), aged(), new, condemned()])
+    retrained = until(
+        lambda: (found := runs_of(client, targets.retrain))[1:] and found, "two retrains"
+    )
+    asked_for = sorted((run.parameters["symbol"], run.parameters["as_of"]) for run in retrained)
+    assert asked_for == [("AAPL", "2008-10-27"), ("GOOG", str(day))]
     (round_,) = until(lambda: runs_of(client, targets.daily), "a daily round")
     assert round_.parameters == {"symbols": ["GOOG", "IBM"], "as_of": str(day)}
     (asked,) = until(lambda: runs_of(client, targets.rollback), "a rollback")

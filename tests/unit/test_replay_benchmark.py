@@ -47,6 +47,18 @@ def test_the_claim_is_of_quality_and_of_cost(crps, cpu, holds):
     assert told["cpu_over_monthly"] == pytest.approx(cpu / 4, abs=1e-3)
 
 
+def test_the_loop_is_judged_as_both_is():
+    found = {
+        "never": summary("never", 104.0, 0.0),
+        "monthly": summary("monthly", 100.0, 4.0),
+        "both": summary("both", 102.0, 2.0),
+        "loop": summary("loop", 99.0, 3.0),
+    }
+    told = claim(found, "loop")
+    assert (told["best"], told["behind"], told["cpu_over_monthly"]) == ("loop", 0.0, 0.75)
+    assert not told["holds"]
+
+
 @pytest.mark.parametrize(("before", "after"), [(1.0, 0.4), (0.4, 1.0)])
 def test_a_planted_market_moves_its_news_and_nothing_else(tmp_path, before, after):
     """Closes are those of a market without a change; what is within a day grows or shrinks."""
