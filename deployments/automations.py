@@ -99,7 +99,7 @@ def _retrain(deployment: UUID) -> AutomationCore:
                 parameters={
                     "symbol": "{{ event.payload.symbol }}",
                     "as_of": "{{ event.payload.as_of }}",
-                    "trigger": "{{ event.id | string }}",
+                    "trigger": "{{ event.event }} {{ event.id }}",
                 },
             )
         ],

@@ -40,7 +40,7 @@ SETTINGS = {
     "PERENNIAL_TRIALS": "8",
     "PERENNIAL_POLL_SECONDS": "0.1",
     "PERENNIAL_CLOCK": "market",
-    "PERENNIAL_RETRAIN_AFTER_DAYS": "0",  # the year without a monitor is to end in drift, not in age
+    "PERENNIAL_RETRAIN_AFTER_DAYS": "0",  # the story ends in drift, not in age
 }
 
 

@@ -152,9 +152,9 @@ def _check(
         seen.event_id = alarm(engine, contract, version, symbol, newest)
     if fares.degraded and tells:
         seen.degraded_event_id = alarm_degraded(engine, fares)
-    if tells and settings.retrain_after_days and not (newest.drifted or fares.degraded):
-        most = settings.retrain_after_days
-        seen.aged_event_id = alarm_aged(engine, contract, version, symbol, newest.recent_end, most)
+    if tells and not (newest.drifted or fares.degraded):
+        end = newest.recent_end
+        seen.aged_event_id = alarm_aged(settings, engine, contract, version, symbol, end)
     answered = Served([], [])
     if is_new or page_due(settings.report_days, after, newest.recent_end):
         answered = watch_served(

@@ -145,7 +145,7 @@ class ModelAged(msgspec.Struct, frozen=True, kw_only=True):
     """Nothing alarmed, but the version in production has been left alone for long enough.
 
     `since` is the market day of the last retrain, or of the version's own training; `days` are the
-    trading days from there.
+    trading days from there, at least `wait`.
     """
 
     schema: Literal[1] = 1
@@ -155,6 +155,7 @@ class ModelAged(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     since: date
     days: int
+    wait: int
 
     name = "perennial.model.aged"
 

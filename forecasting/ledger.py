@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from itertools import takewhile
 
-from sqlalchemy import Connection, Engine, func, insert, select, update
+from sqlalchemy import Connection, Engine, insert, select, update
 
 from forecasting import audit
 from forecasting.sessions import count_sessions, exchange_day
@@ -142,13 +143,40 @@ def claim(
     return Entry(identity, bool(reason), reason)
 
 
-def last_counted(engine: Engine, symbol: str) -> date | None:
-    """Market day of the newest request that started a cooldown; `symbol` as in `claim`."""
-    query = select(func.max(retrains.c.as_of)).where(
-        retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED)
-    )
+def last_counted(engine: Engine, symbol: str, trigger: str) -> tuple[date | None, int]:
+    """Market day of the newest request that started a cooldown, and the length of its row.
+
+    Args:
+        engine: from `store.open_engine`.
+        symbol: as in `claim`.
+        trigger: how those of the row begin.
+
+    Returns:
+        (day, None without any; how many of them, back from the newest, have such a trigger).
+    """
+    counted = (retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED))
+    query = select(retrains.c.as_of, retrains.c.trigger).where(*counted)
+    newest_first = query.order_by(retrains.c.as_of.desc(), retrains.c.created_at.desc())
     with engine.connect() as connection:
-        return connection.execute(query).scalar_one_or_none()
+        lines = connection.execute(newest_first).all()
+    row = takewhile(lambda line: line.trigger.startswith(trigger), lines)
+    return (lines[0].as_of if lines else None), len(list(row))
+
+
+def wait_for_age(settings: Settings, row: int) -> int:
+    """Trading days after the newest retrain on which age asks for the next one; 0: never.
+
+    The more of a market is known, the less a few days more say of it: a cooldown after the retrain
+    that an alarm asked for (or after the first training), and twice as long each time, so that each
+    learns from as many new days as there had been.
+
+    Args:
+        settings: cooldown, and the most days.
+        row: retrains that age has asked for since then.
+    """
+    most = settings.retrain_after_days
+    first = max(settings.retrain_cooldown_days, 1)
+    return min(most, first << min(row, most.bit_length()))
 
 
 def close(

@@ -152,10 +152,10 @@ class Settings(BaseSettings):
         20, ge=0, description="Trading days during which a symbol is not retrained again."
     )
     retrain_after_days: int = Field(
-        63,
+        126,
         ge=0,
-        description="Trading days after a retrain on which there is another one though nothing "
-        "alarmed; 0: none.",
+        description="Most trading days without a retrain though nothing alarms; the first comes a "
+        "cooldown after an alarm's, each next after twice the time; 0: none.",
     )
     retrain_budget_runs: int = Field(
         5, ge=0, description="Most retrains of all symbols that start in a week; 0: no limit."

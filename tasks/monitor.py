@@ -306,15 +306,15 @@ def alarm(
 
 @task(name="alarm-aged", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
 def alarm_aged(
-    engine: Engine, contract: Contract, version: int, symbol: str, day: date, most: int
+    settings: Settings, engine: Engine, contract: Contract, version: int, symbol: str, day: date
 ) -> UUID | None:
-    """Write an event into the outbox, once a day and version, `most` trading days after the last
-    retrain; its id. Symbols that share a forecaster share it."""
-    one = len(contract.symbols) == 1
-    last = ledger.last_counted(engine, symbol if one else contract.forecaster)
+    """Write an event into the outbox, once a day and version, if the last retrain is long enough
+    ago (`ledger.wait_for_age`); its id. Symbols that share a forecaster share it."""
+    whose = symbol if len(contract.symbols) == 1 else contract.forecaster
+    last, row = ledger.last_counted(engine, whose, events.ModelAged.name)
     since = max(contract.as_of, last or contract.as_of)
-    days = count_sessions(since, day)
-    if days < most:
+    days, wait = count_sessions(since, day), ledger.wait_for_age(settings, row)
+    if not wait or days < wait:
         return None
     return events.put_once(
         engine,
@@ -325,6 +325,7 @@ def alarm_aged(
             version=version,
             since=since,
             days=days,
+            wait=wait,
         ),
         same=f"{day} {contract.forecaster} {version}",
     )

@@ -435,6 +435,7 @@ def aged() -> ModelAged:
         version=1,
         since=date(2008, 7, 28),
         days=64,
+        wait=40,
     )
 
 

@@ -342,11 +342,19 @@ def asked_for_age(settings: Settings) -> list[tuple[str, str, int]]:
     return [tuple(row["payload"][key] for key in ("as_of", "since", "days")) for row in rows]
 
 
-def test_a_quarter_without_a_retrain_is_told_until_there_is_one(ageing):
-    start, quarter = datetime.now(UTC), sessions_after(TRAINED, ageing.retrain_after_days)
-    assert monitor(symbol="GOOG", as_of=quarter[-2]).aged_event_id is None
+def retrained(settings: Settings, day: date, trigger: str) -> None:
+    """A retrain that the gate refused, for that is one too."""
+    with engine_of(settings.sql_url) as engine:
+        asked = {"symbol": "GOOG", "trigger": trigger, "flow_run_id": "a run", "as_of": day}
+        entry = ledger.claim(engine, limits=ledger.Limits(), **asked)
+        ledger.close(engine, entry.id, "refused", "not better")
+
+
+def test_age_is_told_a_cooldown_after_training_then_after_twice_the_time(ageing):
+    start, days = datetime.now(UTC), sessions_after(TRAINED, 61)
+    assert monitor(symbol="GOOG", as_of=days[18]).aged_event_id is None
     assert asked_for_age(ageing) == []
-    told = monitor(symbol="GOOG", as_of=quarter[-1])
+    told = monitor(symbol="GOOG", as_of=days[19])
     assert told.aged_event_id is not None
     (event,) = delivered(told.aged_event_id, start)
     assert event["event"] == "perennial.model.aged"
@@ -354,26 +362,31 @@ def test_a_quarter_without_a_retrain_is_told_until_there_is_one(ageing):
     assert event["payload"] == {
         "schema": 1,
         "symbol": "GOOG",
-        "as_of": quarter[-1].isoformat(),
+        "as_of": days[19].isoformat(),
         "forecaster": NAME,
         "version": 1,
         "since": TRAINED.isoformat(),
-        "days": 63,
+        "days": 20,
+        "wait": 20,
     }
-    (following,) = sessions_after(quarter[-1], 1)  # a cooldown may have skipped it, or it failed
-    assert monitor(symbol="GOOG", as_of=following).aged_event_id is not None
-    with engine_of(ageing.sql_url) as engine:  # a retrain that the gate refused is one too
-        asked = {"symbol": "GOOG", "trigger": "age", "flow_run_id": "a run", "as_of": following}
-        entry = ledger.claim(engine, limits=ledger.Limits(), **asked)
-        ledger.close(engine, entry.id, "refused", "not better")
-    after = sessions_after(following, 63)
-    assert monitor(symbol="GOOG", as_of=after[0]).aged_event_id is None
-    assert monitor(symbol="GOOG", as_of=after[-1]).aged_event_id is not None
+    again = monitor(symbol="GOOG", as_of=days[20])  # what it asked for was skipped, or failed
+    assert again.aged_event_id not in (None, told.aged_event_id)
+    retrained(ageing, days[20], f"{ModelAged.name} {again.aged_event_id}")
+    assert monitor(symbol="GOOG", as_of=days[59]).aged_event_id is None
+    assert monitor(symbol="GOOG", as_of=days[60]).aged_event_id is not None
     assert asked_for_age(ageing) == [
-        (quarter[-1].isoformat(), TRAINED.isoformat(), 63),
-        (following.isoformat(), TRAINED.isoformat(), 64),
-        (after[-1].isoformat(), following.isoformat(), 63),
+        (days[19].isoformat(), TRAINED.isoformat(), 20),
+        (days[20].isoformat(), TRAINED.isoformat(), 21),
+        (days[60].isoformat(), days[20].isoformat(), 40),
     ]
+
+
+def test_after_an_alarms_retrain_age_begins_anew(ageing):
+    days = sessions_after(TRAINED, 70)
+    retrained(ageing, days[19], f"{ModelAged.name} an event")
+    retrained(ageing, days[45], f"{DriftDetected.name} an event")
+    assert monitor(symbol="GOOG", as_of=days[64]).aged_event_id is None
+    assert monitor(symbol="GOOG", as_of=days[65]).aged_event_id is not None
 
 
 def test_age_is_silent_where_there_is_an_alarm_or_nobody_is_told(ageing):

@@ -11,6 +11,7 @@ from sqlalchemy import Engine, select, update
 from forecasting import ledger
 from forecasting.ledger import WEEK, Entry, Limits
 from forecasting.sessions import sessions_after
+from forecasting.settings import Settings
 from forecasting.store import now, retrains
 
 DAY = date(2008, 10, 10)  # a Friday
@@ -42,13 +43,18 @@ with engine_of(sys.argv[1]) as engine:
 
 
 def claim(
-    engine: Engine, as_of: date = DAY, run: str = "run", symbol: str = "GOOG", **limits: object
+    engine: Engine,
+    as_of: date = DAY,
+    run: str = "run",
+    symbol: str = "GOOG",
+    trigger: str = "a drift event",
+    **limits: object,
 ) -> Entry:
     return ledger.claim(
         engine,
         symbol=symbol,
         as_of=as_of,
-        trigger="a drift event",
+        trigger=trigger,
         flow_run_id=run,
         limits=Limits(**({"cooldown_days": 5, "clock": "market"} | limits)),
     )
@@ -106,15 +112,29 @@ def test_states_that_start_a_cooldown(engine, state):
 
 
 def test_the_last_that_counted_is_no_skipped_or_failed_one_nor_anothers(engine):
-    assert ledger.last_counted(engine, "GOOG") is None
+    assert ledger.last_counted(engine, "GOOG", "age") == (None, 0)
     retrained(engine, DAY)
-    later = sessions_after(DAY, 10)
+    later = sessions_after(DAY, 30)
     assert claim(engine, later[1], "skipped").skipped
     ledger.close(engine, claim(engine, later[6], "failed").id, "failed", "it broke")
     retrained(engine, later[9], symbol="AAPL")
-    assert ledger.last_counted(engine, "GOOG") == DAY
-    retrained(engine, later[7])
-    assert ledger.last_counted(engine, "GOOG") == later[7]
+    assert ledger.last_counted(engine, "GOOG", "age") == (DAY, 0)
+    for number, day in enumerate((later[7], later[14]), start=1):
+        retrained(engine, day, trigger=f"age {number}")
+        assert ledger.last_counted(engine, "GOOG", "age") == (day, number)
+    retrained(engine, later[21])
+    assert ledger.last_counted(engine, "GOOG", "age") == (later[21], 0)
+
+
+def test_age_asks_after_a_cooldown_then_after_twice_the_time_each_up_to_the_most():
+    def waits(**changes: int) -> list[int]:
+        settings = Settings(**changes)
+        return [ledger.wait_for_age(settings, row) for row in (*range(6), 10**6)]
+
+    assert waits() == [20, 40, 80, 126, 126, 126, 126]
+    assert waits(retrain_after_days=0) == [0] * 7
+    assert waits(retrain_after_days=15) == [15] * 7
+    assert waits(retrain_cooldown_days=0) == [1, 2, 4, 8, 16, 32, 126]
 
 
 def test_on_the_wall_the_cooldown_counts_sessions_since_the_claim(engine):
