@@ -108,6 +108,7 @@ def main() -> int:
         extra = WEBHOOKS | {
             "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": key.decode(),
             "PERENNIAL_WEBHOOK_SECRET": secret,
+            "PERENNIAL_RETRAIN_AFTER_DAYS": "0",  # drift is to start the one retrain
         }
         with Stack(root / "stack", extra=extra) as stack, PrefectApi(stack.prefect_url) as api:
             stack.start()

@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from types import TracebackType
 from typing import Any
 from uuid import uuid4
@@ -22,6 +23,8 @@ from forecasting.events import credentials
 
 ENDED = frozenset({"COMPLETED", "FAILED", "CRASHED", "CANCELLED"})
 
+PAGE = 200
+"""Most runs that Prefect tells in one answer, as it is set by default."""
 BUSY = frozenset({408, 429, 502, 503, 504})
 """Answers after which Prefect's own clients try again; 503 is what a locked SQLite gives."""
 
@@ -91,8 +94,14 @@ class PrefectApi:
 
     def runs(self, flow: str) -> list[Run]:
         """Every run of a flow, oldest first."""
-        body = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_ASC", "limit": 200}
-        return [_run(each) for each in self._call("POST", "/flow_runs/filter", body)]
+        body = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_ASC", "limit": PAGE}
+        found: list[Run] = []
+        for offset in count(0, PAGE):
+            page = self._call("POST", "/flow_runs/filter", body | {"offset": offset})
+            found += map(_run, page)
+            if len(page) < PAGE:
+                break
+        return found
 
     def tasks(self, run_id: str) -> list[tuple[str, str]]:
         """Name and state name of every task run of a flow run, oldest first."""

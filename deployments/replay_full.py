@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from sqlalchemy import Engine
 
 from deployments.prefect_api import PrefectApi
 from deployments.stack import Stack
+from forecasting import ledger
 from forecasting import replay as lines
 from forecasting.errors import ServiceError
 from forecasting.events import RETRAINING
@@ -27,6 +28,8 @@ from forecasting.settings import PREFIX
 from forecasting.store import engine_of
 
 if TYPE_CHECKING:
+    from prefect.client.schemas.objects import State
+
     from flows.replay import OnDay, Span
 
 CHAIN = frozenset({"perennial.data.updated"})
@@ -59,6 +62,7 @@ def play_full(
         wanted = stack.environment()
         os.environ.clear()
         os.environ.update(wanted)
+        began = datetime.now(UTC)
         stack.start()
         stack.deploy()
         with (
@@ -68,7 +72,7 @@ def play_full(
             engine_of(f"sqlite:///{home / 'perennial.db'}") as engine,
         ):
             listen_only_to(policy)
-            take_up_lost_runs()
+            take_up_lost_runs(engine, began)
             _Full(engine, api, client, span, policy).play(on_day)
 
 
@@ -110,10 +114,15 @@ def listen_only_to(policy: Policy) -> None:
             client.update_automation(automation.id, wanted)
 
 
-def take_up_lost_runs() -> None:
+def take_up_lost_runs(engine: Engine, began: datetime) -> None:
     """Have runs that a kill cut off start again: as the same runs, so that the ledger knows them.
 
     Those of a replay's own process it plays again itself.
+
+    Args:
+        engine: of the ledger; a run that is in it as running, and that an automation has found
+            without a heartbeat meanwhile, was cut off too.
+        began: when this stack was started; what runs since then is its own.
     """
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -121,18 +130,25 @@ def take_up_lost_runs() -> None:
         FlowRunFilterState,
         FlowRunFilterStateType,
     )
-    from prefect.client.schemas.objects import State, StateType
+    from prefect.client.schemas.objects import StateType
     from prefect.states import Crashed, Scheduled
 
-    cut_off = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING])
+    in_retrain = ledger.running(engine)
+    cut_off = FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CRASHED])
     with get_client(sync_client=True) as client:
         wanted = FlowRunFilter(state=FlowRunFilterState(type=cut_off))
         for run in client.read_flow_runs(flow_run_filter=wanted):
+            if run.state is None or not _is_lost(run.state, str(run.id) in in_retrain, began):
+                continue
             message = "Its process was killed with the replay."
             again: State = Crashed(message=message)
             if run.deployment_id:
                 again = Scheduled(message=message)
             client.set_flow_run_state(run.id, again, force=True)
+
+
+def _is_lost(state: "State", in_retrain: bool, began: datetime) -> bool:
+    return in_retrain if state.is_crashed() else state.timestamp < began
 
 
 class _Full:

@@ -57,7 +57,7 @@ def daily(
 
     Raises:
         BadPricesError: prices break the rules; that day and those after it stay to be done.
-        ExceptionGroup: monitors failed; all else is done.
+        ExceptionGroup: monitors failed; all else is done, but for what is in the group too.
     """
     settings = load_settings()
     until = min(as_of or date.max, last_due(now()))
@@ -69,15 +69,24 @@ def daily(
         engine_of(settings.sql_url) as engine,
     ):
         due = market_days.due(engine, symbols, until, settings.extra_closures)
-        for day, missing in due:
-            newest, going = day == due[-1][0], [each for each in missing if each not in failed]
-            if going:
-                _one_day(settings, engine, day, going, newest, result, failed)
+        try:
+            for day, missing in due:
+                newest, going = day == due[-1][0], [each for each in missing if each not in failed]
+                if going:
+                    _one_day(settings, engine, day, going, newest, result, failed)
+        except Exception as error:
+            if failed:
+                raise _group(failed, error) from None
+            raise
     get_run_logger().info(_headline(result))
     if failed:
-        message = f"Monitors failed, of {', '.join(failed)}; run daily again once they are mended."
-        raise ExceptionGroup(message, list(failed.values()))
+        raise _group(failed)
     return result
+
+
+def _group(failed: dict[str, Exception], *others: Exception) -> ExceptionGroup[Exception]:
+    message = f"Monitors failed, of {', '.join(failed)}; run daily again once they are mended."
+    return ExceptionGroup(message, [*failed.values(), *others])
 
 
 def _one_day(

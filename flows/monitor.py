@@ -36,16 +36,16 @@ from tasks.monitor import (
     was_alarmed,
 )
 from tasks.performance import Served, alarm_degraded, record_scores, score_forecasts, watch_served
-from tasks.probation import Scene, watch
+from tasks.probation import Scene, is_giving_way, watch
 from tasks.steps import flow_run_id
 
 
 class MonitorResult(BaseModel):
     """What one monitor run saw; without new prices there is no check, no share and no run id.
 
-    `faults` are of the newest prices; while there are any, drift and degraded forecasts are told
-    but alarm nobody. `performance` says how the version in production fares, `probation` how one
-    does that is watched, or that it was rolled back.
+    `faults` are of the newest prices; while there are any, of symbols that share the forecaster
+    too, drift and degraded forecasts are told but alarm nobody. `performance` says how the version
+    in production fares, `probation` how one that is watched does, or that it was rolled back.
     """
 
     symbol: str
@@ -109,12 +109,16 @@ def monitor(
     md5 = datasets.find(settings).md5  # one version for all steps, whatever is ingested meanwhile
     with telling(settings), engine_of(settings.sql_url) as engine:
         seen.faults = find_faults(settings, engine, symbol, day, md5)
+        others = [each for each in symbols if each != symbol]  # of the same forecaster
+        shared = [find_faults(settings, engine, each, day, md5) for each in others]
         seen.joined = join_actuals(settings, engine, symbol, day, md5)
         after = since or last_check(engine, symbol)
         session = last_known(settings, symbol, day, md5)
         days = check_days(after, session)
         if days:
-            tells = alarms and not seen.faults
+            # a retrain would learn from all of them, or start from what is being rolled back
+            held_back = any([seen.faults, *shared, is_giving_way(engine, forecaster, version)])
+            tells = alarms and not held_back
             _check(settings, registry, engine, contract, seen, md5, days, after, tells)
         else:
             seen.summary = (

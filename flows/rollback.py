@@ -11,7 +11,7 @@ from forecasting.registry import PREVIOUS, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
-from tasks.approval import NOBODY, ask
+from tasks.approval import NOBODY, ask, require_approvable
 from tasks.events import telling
 from tasks.promote import promote_version
 
@@ -62,6 +62,7 @@ def _after_approval(
     Raises:
         OvertakenError: the version is not in production any more.
     """
+    require_approvable(settings)
     if watched.state != "watching":
         get_run_logger().warning("The probation is over: %s. Nothing is asked.", watched.state)
         return None
@@ -71,6 +72,10 @@ def _after_approval(
         f"{watched.previous}?\n\n{told}"
     )
     answer = ask(settings, engine, watched.forecaster, question)
+    state = probation.find(engine, watched.id).state
+    if state != "watching":  # somebody answered the question of another day meanwhile
+        get_run_logger().warning("The probation is over: %s. The answer comes too late.", state)
+        return None
     if answer.approve:
         return promote_version(
             *(settings, registry, engine, watched.forecaster, watched.previous),

@@ -14,6 +14,7 @@ from itertools import takewhile
 from sqlalchemy import Connection, Engine, insert, select, update
 
 from forecasting import audit
+from forecasting.events import ModelAged
 from forecasting.sessions import count_sessions, exchange_day
 from forecasting.settings import Clock, Settings
 from forecasting.store import exclude_writers, now, retrains
@@ -23,6 +24,10 @@ COUNTED = ("promoted", "refused", "unchanged", "rolled-back")
 LOST_AFTER = timedelta(hours=5)
 """A retrain that runs longer was killed: the timeouts of its steps add up to less than four."""
 WEEK = timedelta(days=7)
+FIRST_WAIT = 20
+"""Trading days until age asks for the first time, where there is no cooldown."""
+KEPT_FOR_ALARMS = 2
+"""Runs of a week's budget that age does not take, if it is larger."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class _Request:
     as_of: date
     at: datetime
     limits: Limits
+    trigger: str
 
     def sessions_since(self, line: _Line) -> int:
         """Trading days between a line and this request, whichever is the later one."""
@@ -114,7 +120,7 @@ def claim(
         flow_run_id: the Prefect flow run; one that starts again goes on from its own earlier line.
         limits: what the request must keep within.
     """
-    identity, request = str(uuid.uuid4()), _Request(symbol, as_of, now(), limits)
+    identity, request = str(uuid.uuid4()), _Request(symbol, as_of, now(), limits, trigger)
     with engine.connect() as connection:
         exclude_writers(connection, retrains)
         _close_lost(connection, symbol, flow_run_id, limits.patience)
@@ -143,24 +149,32 @@ def claim(
     return Entry(identity, bool(reason), reason)
 
 
-def last_counted(engine: Engine, symbol: str, trigger: str) -> tuple[date | None, int]:
-    """Market day of the newest request that started a cooldown, and the length of its row.
+def running(engine: Engine) -> set[str]:
+    """Flow runs of the retrains that have begun and not ended."""
+    query = select(retrains.c.flow_run_id).where(retrains.c.state == "running")
+    with engine.connect() as connection:
+        return set(connection.execute(query).scalars())
+
+
+def last_asked(engine: Engine, symbol: str) -> tuple[date | None, int]:
+    """Market day of the newest retrain that was let start, and how many age had asked for by then.
 
     Args:
         engine: from `store.open_engine`.
         symbol: as in `claim`.
-        trigger: how those of the row begin.
 
     Returns:
-        (day, None without any; how many of them, back from the newest, have such a trigger).
+        (day, a failed one's too, None without any; retrains that age asked for since the last one
+        that something else did, failed ones left out).
     """
-    counted = (retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED))
-    query = select(retrains.c.as_of, retrains.c.trigger).where(*counted)
+    let_start = (retrains.c.symbol == symbol, retrains.c.state != "skipped")
+    query = select(retrains.c.as_of, retrains.c.state, retrains.c.trigger).where(*let_start)
     newest_first = query.order_by(retrains.c.as_of.desc(), retrains.c.created_at.desc())
     with engine.connect() as connection:
         lines = connection.execute(newest_first).all()
-    row = takewhile(lambda line: line.trigger.startswith(trigger), lines)
-    return (lines[0].as_of if lines else None), len(list(row))
+    counted = [line.trigger for line in lines if line.state in COUNTED]
+    row = len(list(takewhile(_of_age, counted)))
+    return (lines[0].as_of if lines else None), row
 
 
 def wait_for_age(settings: Settings, row: int) -> int:
@@ -174,9 +188,14 @@ def wait_for_age(settings: Settings, row: int) -> int:
         settings: cooldown, and the most days.
         row: retrains that age has asked for since then.
     """
-    most = settings.retrain_after_days
-    first = max(settings.retrain_cooldown_days, 1)
-    return min(most, first << min(row, most.bit_length()))
+    most, cooldown = settings.retrain_after_days, settings.retrain_cooldown_days
+    if not most:
+        return 0
+    return max(cooldown, min(most, (cooldown or FIRST_WAIT) << min(row, most.bit_length())))
+
+
+def _of_age(trigger: str) -> bool:
+    return trigger.startswith(ModelAged.name)
 
 
 def close(
@@ -310,11 +329,13 @@ def _cooling(request: _Request, lines: Sequence[_Line]) -> str:
 
 def _runs_spent(request: _Request, lines: Sequence[_Line]) -> str:
     started = [line for line in lines if line.state != "rolled-back" and request.same_week(line)]
-    runs = {line.flow_run_id for line in started}
-    if not request.limits.runs or len(runs) < request.limits.runs:
+    runs, most = {line.flow_run_id for line in started}, request.limits.runs
+    allowed = max(1, most - KEPT_FOR_ALARMS) if _of_age(request.trigger) else most
+    if not most or len(runs) < allowed:
         return ""
+    kept = f", of which age leaves {most - allowed} to alarms" if allowed < most else ""
     return (
-        f"{len(runs)} retrains were started within a week; the budget is {request.limits.runs} "
+        f"{len(runs)} retrains were started within a week; the budget is {most}{kept} "
         "(PERENNIAL_RETRAIN_BUDGET_RUNS)."
     )
 

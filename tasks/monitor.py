@@ -311,10 +311,11 @@ def alarm_aged(
     """Write an event into the outbox, once a day and version, if the last retrain is long enough
     ago (`ledger.wait_for_age`); its id. Symbols that share a forecaster share it."""
     whose = symbol if len(contract.symbols) == 1 else contract.forecaster
-    last, row = ledger.last_counted(engine, whose, events.ModelAged.name)
-    since = max(contract.as_of, last or contract.as_of)
-    days, wait = count_sessions(since, day), ledger.wait_for_age(settings, row)
-    if not wait or days < wait:
+    last, row = ledger.last_asked(engine, whose)
+    if last is None or contract.as_of > last:  # trained by hand since then
+        last, row = contract.as_of, 0
+    days, wait = count_sessions(last, day), ledger.wait_for_age(settings, row)
+    if not wait or days < wait or _alarmed(engine, contract, version, day):
         return None
     return events.put_once(
         engine,
@@ -323,9 +324,19 @@ def alarm_aged(
             as_of=day,
             forecaster=contract.forecaster,
             version=version,
-            since=since,
+            since=last,
             days=days,
             wait=wait,
         ),
         same=f"{day} {contract.forecaster} {version}",
     )
+
+
+def _alarmed(engine: Engine, contract: Contract, version: int, day: date) -> bool:
+    """Whether another symbol of the forecaster has asked for a retrain already."""
+    with engine.connect() as connection:
+        return any(
+            events.was_put(connection, kind, f"{symbol} {day} {contract.forecaster} {version}")
+            for symbol in contract.symbols
+            for kind in (events.DriftDetected, events.PerformanceDegraded)
+        )

@@ -83,6 +83,15 @@ def watch(scene: Scene) -> str:
     return roll_back(scene, watched)
 
 
+def is_giving_way(engine: Engine, forecaster: str, version: int) -> bool:
+    """Whether the version is condemned, or has just been put back for one that was: its rollback
+    waits for a person, or to be written down with the cooldown that follows."""
+    return any(
+        each.condemned and version in (each.version, each.previous)
+        for each in probation.watching(engine, forecaster)
+    )
+
+
 @task(name="find-probation", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
 def find_probation(scene: Scene) -> Probation | None:
     """The probation that is to be looked at; begun or ended as the newest promotion asks for."""
@@ -168,7 +177,8 @@ def look(scene: Scene, watched: Probation) -> Probation:
         scored = outcomes.scored(scene.engine, symbol, until=scene.as_of, sources=("shadow",))
         pairs.append(probation.pair(scored, watched))
     alpha = scene.settings.probation_alpha
-    found = probation.weigh(pd.concat(pairs), alpha)
+    told = [each for each in pairs if len(each)] or pairs[:1]  # an empty one has no types
+    found = probation.weigh(pd.concat(told), alpha)
     over = count_sessions(watched.started, scene.session) >= watched.days
     after = probation.record(
         scene.engine,

@@ -11,11 +11,14 @@ from flows.ingest import ingest
 from flows.monitor import monitor
 from flows.retrain import retrain
 from flows.train import TrainResult, train
+from forecasting import datasets
 from forecasting.assignment import forecaster_name, who_serves
 from forecasting.contract import read_contract
 from forecasting.errors import ConfigError
+from forecasting.events import DataFaulty
 from forecasting.registry import open_registry
-from forecasting.store import gate_looks
+from forecasting.sessions import sessions_after
+from forecasting.store import gate_looks, outbox
 from tests.flows.support import configured, rows_of
 
 SYMBOLS = ["IBM", "AAPL", "GOOG"]
@@ -76,6 +79,19 @@ def test_drift_of_one_symbol_retrains_the_forecaster_of_all_once(home, trained):
         other = retrain(symbol="GOOG", as_of=LATER, trigger="drift of GOOG")
         assert (other.outcome, other.forecaster) == ("skipped", NAME)
         assert "cooldown" in other.reasons[0]
+
+
+def test_faulty_prices_of_one_symbol_hold_back_the_retrain_of_all(home, trained):
+    (day,) = sessions_after(LATER, 30)[-1:]
+    with configured(home, **LAX) as settings:
+        datasets.ingest(settings, ["AAPL"], day)
+        seen = monitor(symbol="AAPL", as_of=day)
+        assert (seen.faults, seen.aged_event_id, seen.event_id) == ([], None, None)
+        told = [row for row in rows_of(settings, outbox) if row["name"] == DataFaulty.name]
+        assert {row["payload"]["symbol"] for row in told} == {"GOOG", "IBM"}
+        datasets.ingest(settings, ["GOOG", "IBM"], day)
+        again = monitor(symbol="AAPL", as_of=day, since=LATER)
+        assert again.aged_event_id or again.event_id
 
 
 def test_names_are_of_the_symbols_in_any_order_and_short():

@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from sqlalchemy import Engine
 
 from flows.monitor import monitor
 from flows.retrain import retrain
-from flows.rollback import rollback
+from flows.rollback import _after_approval, rollback
 from forecasting import audit, datasets, probation, promotion
-from forecasting.errors import RegistryError
+from forecasting.errors import ConfigError, RegistryError
 from forecasting.events import ModelCondemned
 from forecasting.probation import Probation
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.sessions import sessions_after
 from forecasting.settings import Settings
 from forecasting.store import open_engine, outbox, predictions
-from tasks.probation import Scene, watch
+from tasks.probation import Scene, is_giving_way, watch
 from tests.flows.support import answer, configured, meanwhile, paused, rows_of
 from tests.models import write_model_folder
 
@@ -208,6 +209,56 @@ def test_a_version_that_a_person_keeps_stays_and_nobody_is_asked_again(settings,
     assert (lines["probation"].who, lines["probation"].details["state"]) == ("Ada", "kept")
     with pytest.raises(RegistryError, match="no probation nothing"):
         rollback(NAME, version=1, watched="nothing")
+
+
+def test_a_yes_to_an_older_question_does_not_overrule_a_no(settings, registry, engine):
+    promote(settings, registry, engine, 1, 2)
+    with configured(settings.home, approval=True) as asked:
+        look_at(asked, registry, engine, SESSIONS[12])
+        (watched,) = probation.watching(engine, NAME)
+
+        def answers() -> str:
+            run_id = paused("an older question")
+            probation.record(engine, watched, "kept", "Bob")  # who answered the newer one
+            return answer(run_id, approve=True, who="Ada", reason="it is worse")
+
+        with meanwhile(answers) as said:
+            older = rollback.with_options(flow_run_name="an older question")
+            assert older(NAME, watched=watched.id) is None
+    assert said == ["ACCEPT"]
+    assert registry.alias(NAME, PRODUCTION) == 2
+    assert [each.state for each in probation.history(engine, NAME)] == ["kept"]
+
+
+def test_nothing_alarms_while_a_version_gives_way(settings, registry, engine):
+    """A retrain would start from what is condemned; a cooldown follows once it is rolled back."""
+    promote(settings, registry, engine, 1, 2)
+    assert not is_giving_way(engine, NAME, 2)
+    with configured(settings.home, approval=True) as asked:
+        look_at(asked, registry, engine, SESSIONS[12])
+        assert [is_giving_way(engine, NAME, version) for version in (1, 2, 3)] == [
+            True,
+            True,
+            False,
+        ]
+        seen = monitor(symbol="GOOG", as_of=SESSIONS[24])  # a cooldown after the training, of age
+        assert (seen.version, seen.aged_event_id) == (2, None)
+        (watched,) = probation.watching(engine, NAME)
+        probation.record(engine, watched, "kept", "Bob")
+        after = monitor(symbol="GOOG", as_of=SESSIONS[25])
+        assert after.aged_event_id is not None
+
+
+def test_without_a_server_no_rollback_waits_for_a_person(settings, registry, engine):
+    promote(settings, registry, engine, 1, 2)
+    with configured(settings.home, approval=True) as asked:
+        look_at(asked, registry, engine, SESSIONS[12])
+        (watched,) = probation.watching(engine, NAME)
+        with (
+            temporary_settings({PREFECT_API_URL: None}),
+            pytest.raises(ConfigError, match="no Prefect server is named"),
+        ):
+            _after_approval(asked, registry, engine, watched)
 
 
 def test_another_promotion_ends_a_probation(settings, registry, engine):

@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 from forecasting import ledger
+from forecasting.events import ModelAged
 from forecasting.ledger import WEEK, Entry, Limits
 from forecasting.sessions import sessions_after
 from forecasting.settings import Settings
@@ -111,19 +112,22 @@ def test_states_that_start_a_cooldown(engine, state):
     assert f"was retrained ({state})" in claim(engine, run="next").reason
 
 
-def test_the_last_that_counted_is_no_skipped_or_failed_one_nor_anothers(engine):
-    assert ledger.last_counted(engine, "GOOG", "age") == (None, 0)
+def test_what_was_asked_for_last_and_how_often_age_had_by_then(engine):
+    age = f"{ModelAged.name} an event"
+    assert ledger.last_asked(engine, "GOOG") == (None, 0)
     retrained(engine, DAY)
-    later = sessions_after(DAY, 30)
+    later = sessions_after(DAY, 40)
     assert claim(engine, later[1], "skipped").skipped
-    ledger.close(engine, claim(engine, later[6], "failed").id, "failed", "it broke")
     retrained(engine, later[9], symbol="AAPL")
-    assert ledger.last_counted(engine, "GOOG", "age") == (DAY, 0)
+    assert ledger.last_asked(engine, "GOOG") == (DAY, 0)
     for number, day in enumerate((later[7], later[14]), start=1):
-        retrained(engine, day, trigger=f"age {number}")
-        assert ledger.last_counted(engine, "GOOG", "age") == (day, number)
-    retrained(engine, later[21])
-    assert ledger.last_counted(engine, "GOOG", "age") == (later[21], 0)
+        retrained(engine, day, trigger=age)
+        assert ledger.last_asked(engine, "GOOG") == (day, number)
+    entry = claim(engine, later[21], "a failed run", trigger=age)
+    ledger.close(engine, entry.id, "failed", "it broke")
+    assert ledger.last_asked(engine, "GOOG") == (later[21], 2), "not again every day"
+    retrained(engine, later[28])
+    assert ledger.last_asked(engine, "GOOG") == (later[28], 0)
 
 
 def test_age_asks_after_a_cooldown_then_after_twice_the_time_each_up_to_the_most():
@@ -133,8 +137,18 @@ def test_age_asks_after_a_cooldown_then_after_twice_the_time_each_up_to_the_most
 
     assert waits() == [20, 40, 80, 126, 126, 126, 126]
     assert waits(retrain_after_days=0) == [0] * 7
-    assert waits(retrain_after_days=15) == [15] * 7
-    assert waits(retrain_cooldown_days=0) == [1, 2, 4, 8, 16, 32, 126]
+    assert waits(retrain_after_days=15) == [20] * 7, "the ledger would skip it"
+    assert waits(retrain_cooldown_days=0) == [20, 40, 80, 126, 126, 126, 126]
+
+
+def test_age_leaves_some_of_the_weeks_budget_to_alarms(engine):
+    age, limits = f"{ModelAged.name} an event", {"runs": 3, "cooldown_days": 0}
+    retrained(engine, trigger=age, **limits)
+    held = claim(engine, run="another of age", symbol="IBM", trigger=age, **limits)
+    assert (held.skipped, "age leaves 2 to alarms" in held.reason) == (True, True)
+    for symbol in ("IBM", "MSFT"):
+        retrained(engine, symbol=symbol, **limits)
+    assert claim(engine, run="an alarm too many", symbol="AAPL", **limits).skipped
 
 
 def test_on_the_wall_the_cooldown_counts_sessions_since_the_claim(engine):

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from deployments.prefect_api import PrefectApi
+from deployments.prefect_api import PAGE, PrefectApi
 from forecasting.errors import ServiceError
 from tests.services import free_port
 
@@ -84,6 +84,15 @@ def test_a_refusal_is_told_at_once_with_what_the_server_said() -> None:
         with PrefectApi(server.url) as api, pytest.raises(ServiceError, match="is not a date"):
             api.start("train/train", {"as_of": "yesterday"})
         assert len(server.bodies) == 1
+
+
+def test_more_runs_than_an_answer_holds_are_all_read() -> None:
+    first = [{"id": f"run-{number}", "name": "a run"} for number in range(PAGE)]
+    answers = (200, first), (200, first[:3])
+    with Answering(*answers) as server, PrefectApi(server.url) as api:
+        assert len(api.runs("retrain")) == PAGE + 3
+    assert [body["offset"] for body in server.bodies] == [0, PAGE]
+    assert all(body["limit"] == PAGE for body in server.bodies)
 
 
 def test_a_server_that_is_away_is_named() -> None:
