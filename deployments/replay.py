@@ -133,13 +133,28 @@ def _require_same(root: Path, span: "Span") -> None:
 
 
 class Line:
-    """How far a replay is: one line that is written over in a terminal, one a quarter elsewhere."""
+    """How far a replay is: one line that is written over in a terminal, one a quarter elsewhere.
+
+    It ends the replay after the day in which a signal came whose exception was lost: Python drops
+    what is raised while it collects garbage.
+    """
 
     def __init__(self, console: Console, policy: str) -> None:
-        self.console, self.policy = console, policy
+        self.console, self.policy, self.interrupted = console, policy, False
+
+    def interrupt(self, _signal: int, _frame: object) -> None:
+        """Handler of signals that end the replay."""
+        self.interrupted = True
+        raise KeyboardInterrupt
 
     def __call__(self, position: int, total: int, day: date, told: str) -> None:
-        """A day is done."""
+        """A day is done.
+
+        Raises:
+            KeyboardInterrupt: a signal came.
+        """
+        if self.interrupted:
+            raise KeyboardInterrupt
         line = f"{self.policy}: {day}, {position} of {total} market days"
         if told:
             self.console.print(f"{self.policy}: {day} retrain {told}", markup=False)
@@ -163,16 +178,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name", default="", help="folder under replay/; the symbol if empty")
     parser.add_argument("--engine", choices=ENGINES, default=FAST)
     options = parser.parse_args(arguments)
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # also where a shell ignores it
-        signal.signal(number, _interrupt)
     console = Console(highlight=False)
     policy = POLICIES.get(options.policy) or Policy(ORACLE, days=frozenset(options.on))
+    line = Line(console, policy.name)
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # also where a shell ignores it
+        signal.signal(number, line.interrupt)
     root = load_settings().home / "replay" / (options.name or options.symbol.lower())
     try:
         from flows.replay import Span
 
         span = Span(options.symbol, options.first, options.last)
-        play(root, span, policy, Line(console, policy.name), options.engine)
+        play(root, span, policy, line, options.engine)
     except PerennialError as error:
         console.print(f"error: {error}", markup=False)
         return 1
@@ -180,10 +196,6 @@ def main(arguments: list[str] | None = None) -> int:
         console.print("\ninterrupted; the same command goes on after the last day that is done")
         return 130
     return 0
-
-
-def _interrupt(_signal: int, _frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Policies, the lines of a replay, and its summary."""
 
+import io
 import os
 import uuid
 from datetime import date, timedelta
@@ -7,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from sqlalchemy import insert, select
 
-from deployments.replay import ASIDE, OWN, SHARED, environment, play
+from deployments.replay import ASIDE, OWN, SHARED, Line, environment, play
 from flows.replay import Span
 from forecasting import events, replay
 from forecasting.errors import ConfigError
@@ -279,3 +281,19 @@ def test_a_span_knows_its_days_and_their_eve():
     span = Span("GOOG", date(2007, 1, 3), date(2007, 1, 9))
     assert [day.day for day in span.days] == [3, 4, 5, 8, 9]
     assert span.eve == date(2006, 12, 29)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_whose_exception_python_drops_ends_the_replay_after_its_day():
+    class Dropping:
+        """Garbage: what is raised while it is collected is told on stderr and dropped."""
+
+        def __del__(self) -> None:
+            line.interrupt(15, None)
+
+    line = Line(Console(file=io.StringIO()), "both")
+    line(1, 3, DAYS[0], "")
+    garbage = Dropping()
+    del garbage
+    with pytest.raises(KeyboardInterrupt):
+        line(2, 3, DAYS[1], "")
