@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
+def approving(tmp_path: Path) -> Iterator[Stack]:
     """One of its own: its workers are told to ask."""
     with Stack(tmp_path / "stack", extra=APPROVING) as made:
         made.start()
@@ -54,18 +54,18 @@ def registry_of(stack: Stack) -> Registry:
     return open_registry(load_settings(home=stack.home, tracking_uri=stack.mlflow_url))
 
 
-def test_the_worker_waits_for_a_person_and_goes_on(stack: Stack) -> None:
-    registry = registry_of(stack)
-    with PrefectApi(stack.prefect_url) as api:
+def test_the_worker_waits_for_a_person_and_goes_on(approving: Stack) -> None:
+    registry = registry_of(approving)
+    with PrefectApi(approving.prefect_url) as api:
         asked = start(api, TRAINED)
         assert registry.alias(NAME, PRODUCTION) is None
-        assert httpx.get(f"{stack.server_url}/v1/forecast/GOOG").status_code == 503
-        decide(stack, api, asked, approve=True, who="Ada", reason="it looks good")
+        assert httpx.get(f"{approving.server_url}/v1/forecast/GOOG").status_code == 503
+        decide(approving, api, asked, approve=True, who="Ada", reason="it looks good")
         assert registry.alias(NAME, PRODUCTION) == 1
-        answered = httpx.get(f"{stack.server_url}/v1/forecast/GOOG")
+        answered = httpx.get(f"{approving.server_url}/v1/forecast/GOOG")
         assert answered.json()["model_version"] == 1
 
         asked = start(api, LATER)
-        decide(stack, api, asked, approve=False, who="Bob", reason="not now")
+        decide(approving, api, asked, approve=False, who="Bob", reason="not now")
         assert registry.alias(NAME, PRODUCTION) == 1
         assert len(registry.history(NAME)) == 1
