@@ -16,6 +16,9 @@ variance, since forecasts overlap. A candidate has to hold all of this:
   that, a candidate that has learned from later days passes if it is not inferior, which is a bound
   of at most `tolerance`: of two equal models the fresher one has seen more of today's market. One
   that has learned from the same days only would be chosen by chance, and is refused.
+  Where it is better beyond doubt, what walk and baseline object, in a slice too, is taken back: a
+  refusal would serve what is worse still. After a market has changed it may take a year until a candidate has
+  learned enough of it to pass their bounds.
 - **Slices**: in no slice of at least `SLICE_DAYS` days (calm, volatile, after earnings) is it shown
   to be worse than random walk or production by more than `SLICE_MARGIN` (lower bound).
 - **Intervals**: neither central interval is shown to hold a share outside `INTERVALS`. The margin
@@ -402,10 +405,14 @@ def _compare(evidence: Evidence, scores: dict[str, Array], rule: Rule, found: _F
         return
     objections = {each.opponent: _objection(each, evidence, rule) for each in found.pairings}
     found.notes += _thin(found.pairings, objections)
+    slices = found.slices
+    if _is_better(evidence, found.pairings):
+        found.notes += _take_back(found.pairings, objections)
+        slices = [each for each in slices if each.opponent != WALK]
     found.problems += [each for each in objections.values() if each]
     found.problems += _implausible(found.pairings, scores)
     found.problems += _miscalibrated(found.intervals)
-    found.problems += _worse_slices(found.slices)
+    found.problems += _worse_slices(slices)
     found.table += _table(evidence, scores, lag)
 
 
@@ -468,8 +475,11 @@ def _objection(pairing: Pairing, evidence: Evidence, rule: Rule) -> str:
             f"Not shown to be better than the model in production: {figures}, below zero is "
             "needed of a candidate that has learned from no later days."
         )
-    opponent = {PRODUCTION: "the model in production", WALK: "the random walk"}.get(name, name)
-    return f"Not shown to be as good as {opponent}: {figures}, at most {limit:+.2%} allowed."
+    return f"Not shown to be as good as {_called(name)}: {figures}, at most {limit:+.2%} allowed."
+
+
+def _called(opponent: str) -> str:
+    return {PRODUCTION: "the model in production", WALK: "the random walk"}.get(opponent, opponent)
 
 
 def _thin(pairings: list[Pairing], objections: dict[str, str]) -> list[str]:
@@ -483,6 +493,27 @@ def _thin(pairings: list[Pairing], objections: dict[str, str]) -> list[str]:
         f"Evidence against the random walk is thin (bound {walk.upper:+.2%}, {walk.limit:+.2%} "
         "asked for); it passes as no worse than production, which a refusal would serve."
     ]
+
+
+def _is_better(evidence: Evidence, pairings: list[Pairing]) -> bool:
+    """Whether a refusal would serve what is worse beyond doubt. Symbols that production does not
+    serve would get a first model."""
+    return bool(evidence.served.all()) and any(
+        each.opponent == PRODUCTION and each.upper < 0.0 for each in pairings
+    )
+
+
+def _take_back(pairings: list[Pairing], objections: dict[str, str]) -> list[str]:
+    """Take all objections back, and say so."""
+    notes = [
+        f"It is not shown to be as good as {_called(each.opponent)} ({each.relative:+.2%}, bound "
+        f"{each.upper:+.2%}); it passes as better beyond doubt than production, which a refusal "
+        "would serve."
+        for each in pairings
+        if objections[each.opponent]
+    ]
+    objections.update(dict.fromkeys(objections, ""))
+    return notes
 
 
 def _implausible(pairings: list[Pairing], scores: dict[str, Array]) -> list[str]:

@@ -203,15 +203,65 @@ def test_a_fresher_one_that_may_be_worse_is_refused():
     assert "at most +1.00% allowed" in verdict.reasons[0]
 
 
-def test_beating_a_weak_model_in_production_is_not_enough():
-    verdict = decide(noisy(1.05), production=WALKED * 2.0)
-    assert not verdict.promote
-    assert "random walk" in verdict.reasons[0]
+def test_being_as_good_as_a_weak_production_is_not_enough():
+    production = noisy(1.05) + np.random.default_rng(6).normal(0.2, 3.0, WALKED.shape)
+    verdict = decide(noisy(1.05), production=production)
+    assert 0.0 < against(verdict, PRODUCTION).upper < 0.01
+    assert [each.split(":")[0] for each in verdict.reasons] == [
+        "Not shown to be as good as the random walk",
+        "Not shown to be as good as HAR",
+    ]
 
 
 def test_every_reason_is_given():
     verdict = decide(noisy(1.05), production=noisy(0.95))
     assert len(verdict.reasons) == 3
+
+
+# --- better than production beyond doubt ---------------------------------------------------------
+
+
+def test_what_is_better_beyond_doubt_replaces_production():
+    verdict = decide(noisy(1.05), production=WALKED * 1.15)
+    assert verdict.promote
+    walk, classical = verdict.notes
+    assert walk.startswith("It is not shown to be as good as the random walk (+4.92%, bound +5.")
+    assert walk.endswith("which a refusal would serve.")
+    assert "HAR" in classical
+    assert walk in verdict.summary()
+
+
+def test_only_if_it_is_better_beyond_doubt():
+    production = WALKED * np.where(np.arange(WINDOWS) % 40 < 20, 0.8, 1.35)[:, None]
+    verdict = decide(noisy(1.05), production=production)
+    pair = against(verdict, PRODUCTION)
+    assert pair.relative < 0 < pair.upper
+    assert "Not shown to be as good as the random walk" in verdict.reasons[0]
+    assert verdict.notes == ()
+
+
+def test_symbols_that_production_does_not_serve_would_get_a_first_model():
+    served = np.arange(WINDOWS) % 2 == 0
+    verdict = decide(noisy(1.05), production=WALKED * 1.15, served=served)
+    assert "Not shown to be as good as the random walk" in verdict.reasons[0]
+    assert verdict.notes == ()
+
+
+def test_slices_are_those_against_production_then():
+    calm = np.arange(WINDOWS) < 60
+    shape = np.where(calm, 1.10, 1.00)[:, None]
+    slices = {"calm": calm, "volatile": ~calm}
+    verdict = decide(noisy(shape), production=WALKED * 1.15, slices=slices)
+    assert verdict.promote
+    production = WALKED * np.where(calm, 1.05, 1.60)[:, None]
+    (reason,) = decide(noisy(shape), production=production, slices=slices).reasons
+    assert reason.startswith("Worse than the production on the 60 days that are calm")
+
+
+def test_other_faults_are_not_taken_back():
+    narrow = np.broadcast_to(0.01 * NORMAL, (WINDOWS, HORIZON, len(NORMAL)))
+    verdict = decide(noisy(1.05), production=WALKED * 1.15, quantiles=narrow)
+    assert [each.split(":")[0] for each in verdict.reasons] == ["Overconfident"] * 2
 
 
 # --- thin evidence against the random walk -------------------------------------------------------
@@ -248,7 +298,9 @@ def test_it_keeps_out_what_is_worse_than_production():
 
 def test_a_mean_above_the_walks_is_not_thin_evidence():
     scores = WALKED * (SWINGS + 0.035)
-    refused = decide(scores, classical=scores, production=scores * 1.1)
+    production = scores + np.random.default_rng(6).normal(0.2, 3.0, WALKED.shape)
+    refused = decide(scores, classical=scores, production=production)
+    assert 0 < against(refused, PRODUCTION).upper < 0.01
     assert 0 < refused.relative_to_random_walk < 0.01
     assert [each.split(":")[0] for each in refused.reasons] == [
         "Not shown to be as good as the random walk"
