@@ -11,7 +11,7 @@ from forecasting.registry import PREVIOUS, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
-from tasks.approval import NOBODY, ask, require_approvable
+from tasks.approval import NoAnswer, ask, require_approvable
 from tasks.events import telling
 from tasks.promote import promote_version
 
@@ -83,7 +83,7 @@ def _after_approval(
             judged_against=watched.version,
         )
     get_run_logger().warning("not rolled back: %s", answer)
-    if answer.who != NOBODY:
+    if not isinstance(answer, NoAnswer):
         probation.record(engine, watched, "kept", answer.who)
     return None
 

@@ -16,9 +16,9 @@ variance, since forecasts overlap. A candidate has to hold all of this:
   that, a candidate that has learned from later days passes if it is not inferior, which is a bound
   of at most `tolerance`: of two equal models the fresher one has seen more of today's market. One
   that has learned from the same days only would be chosen by chance, and is refused.
-  Where it is better beyond doubt, what walk and baseline object, in a slice too, is taken back: a
-  refusal would serve what is worse still. After a market has changed it may take a year until a candidate has
-  learned enough of it to pass their bounds.
+  Where it is better beyond doubt, what walk and baseline object, in a slice too, is taken back, and
+  that its intervals hold too much: a refusal would serve what is worse still. After a market has
+  changed it may take a year until a candidate has learned enough of it to pass their bounds.
 - **Slices**: in no slice of at least `SLICE_DAYS` days (calm, volatile, after earnings) is it shown
   to be worse than random walk or production by more than `SLICE_MARGIN` (lower bound).
 - **Intervals**: neither central interval is shown to hold a share outside `INTERVALS`. The margin
@@ -405,13 +405,13 @@ def _compare(evidence: Evidence, scores: dict[str, Array], rule: Rule, found: _F
         return
     objections = {each.opponent: _objection(each, evidence, rule) for each in found.pairings}
     found.notes += _thin(found.pairings, objections)
-    slices = found.slices
+    cautious, slices = _cautious(found.intervals), found.slices
     if _is_better(evidence, found.pairings):
-        found.notes += _take_back(found.pairings, objections)
-        slices = [each for each in slices if each.opponent != WALK]
+        found.notes += _take_back(found.pairings, objections) + cautious
+        cautious, slices = [], [each for each in slices if each.opponent != WALK]
     found.problems += [each for each in objections.values() if each]
     found.problems += _implausible(found.pairings, scores)
-    found.problems += _miscalibrated(found.intervals)
+    found.problems += _overconfident(found.intervals) + cautious
     found.problems += _worse_slices(slices)
     found.table += _table(evidence, scores, lag)
 
@@ -540,22 +540,26 @@ def _interval(evidence: Evidence, mass: float, lag: int) -> Interval:
     return Interval(mass, share, max(share - half, 0.0), min(share + half, 1.0))
 
 
-def _miscalibrated(intervals: list[Interval]) -> list[str]:
-    problems = []
-    for each in intervals:
-        least, most = INTERVALS[each.mass]
-        held = f"the {percent(each.mass)} interval held {each.share:.1%} of outcomes"
-        if each.high < least:
-            problems.append(
-                f"Overconfident: {held} (at most {each.high:.1%} within error); at least "
-                f"{least:.0%} is asked for."
-            )
-        if each.low > most:
-            problems.append(
-                f"Too cautious: {held} (at least {each.low:.1%} within error); at most "
-                f"{most:.0%} is asked for."
-            )
-    return problems
+def _overconfident(intervals: list[Interval]) -> list[str]:
+    return [
+        f"Overconfident: {_held(each)} (at most {each.high:.1%} within error); at least "
+        f"{INTERVALS[each.mass][0]:.0%} is asked for."
+        for each in intervals
+        if each.high < INTERVALS[each.mass][0]
+    ]
+
+
+def _cautious(intervals: list[Interval]) -> list[str]:
+    return [
+        f"Too cautious: {_held(each)} (at least {each.low:.1%} within error); at most "
+        f"{INTERVALS[each.mass][1]:.0%} is asked for."
+        for each in intervals
+        if each.low > INTERVALS[each.mass][1]
+    ]
+
+
+def _held(interval: Interval) -> str:
+    return f"the {percent(interval.mass)} interval held {interval.share:.1%} of outcomes"
 
 
 def _slices(evidence: Evidence, by_window: dict[str, Array], lag: int) -> list[Slice]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sqlalchemy import Engine, Row, select, update
+from sqlalchemy import Engine, Row, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from forecasting import audit, metrics
@@ -140,7 +140,7 @@ class Finding:
         }
 
 
-def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
+def weigh(pairs: pd.DataFrame, horizon: int, alpha: float) -> Finding:
     """Is the version worse than the one before it?
 
     The e-values one day ahead and at the farthest horizon are averaged day by day, which is an
@@ -150,17 +150,18 @@ def weigh(pairs: pd.DataFrame, alpha: float) -> Finding:
         pairs: one row a forecast that both versions made: `origin`, `target`, `horizon`, `crps`
             and `previous_crps` in bp of log return, and `scale`, the most by which the first can be
             the smaller, whatever comes; those of several symbols are averaged.
+        horizon: the farthest, days ahead, whether or not any of it came true yet: a bet is on one
+            horizon from its first day.
         alpha: probability of condemning a version that is no worse.
 
     Raises:
         ValueError: a CRPS is negative or no number.
     """
     if pairs.empty:
-        return Finding(0, 1.0, False, float("nan"), float("nan"), 1, float("nan"))
+        return Finding(0, 1.0, False, float("nan"), float("nan"), horizon, float("nan"))
     columns = ["crps", "previous_crps", "scale"]
     daily = pairs.groupby(["horizon", "origin", "target"])[columns].mean().reset_index()
     daily = daily.sort_values("origin")
-    horizon = int(daily["horizon"].max())
     near, far = daily[daily["horizon"] == 1], daily[daily["horizon"] == horizon]
     targets = np.unique(daily["target"].to_numpy())
     value = (_value_at(near, 1, targets) + _value_at(far, horizon, targets)) / 2
@@ -215,6 +216,21 @@ def pair(scored: pd.DataFrame, watched: Probation) -> pd.DataFrame:
         previous_crps=both["crps_bp_before"],
         scale=[_scale(row) for row in both.to_dict("records")],
     )
+
+
+def farthest(engine: Engine, watched: Probation) -> int:
+    """The farthest horizon that both versions forecast, days ahead; 1 where there is none yet."""
+    query = (
+        select(func.max(predictions.c.horizon))
+        .where(
+            predictions.c.forecaster == watched.forecaster,
+            predictions.c.model_version.in_((watched.version, watched.previous)),
+            predictions.c.origin >= watched.started,
+        )
+        .group_by(predictions.c.model_version)
+    )
+    with engine.connect() as connection:
+        return min(connection.execute(query).scalars(), default=1)
 
 
 def _scale(row: Mapping[Any, Any]) -> float:

@@ -17,8 +17,6 @@ from forecasting import audit
 from forecasting.errors import ConfigError
 from forecasting.settings import Settings
 
-NOBODY = "nobody"
-"""Who answers where nobody did."""
 POLL_SECONDS = 2
 """How often a paused run asks whether it was answered."""
 
@@ -33,6 +31,13 @@ class Approval(RunInput):
     def __str__(self) -> str:
         word = "Approved" if self.approve else "Not approved"
         return f"{word} by {self.who}: {self.reason}"
+
+
+class NoAnswer(Approval):
+    """What stands for an answer where nobody gave one in time."""
+
+    approve: bool = False
+    who: str = "nobody"
 
 
 def require_approvable(settings: Settings) -> None:
@@ -81,7 +86,7 @@ def ask(settings: Settings, engine: Engine, forecaster: str, question: str) -> A
     except FlowPauseTimeout:
         _go_on()
         reason = f"no answer within {settings.approval_hours:g} hours (PERENNIAL_APPROVAL_HOURS)."
-        answer = Approval(approve=False, who=NOBODY, reason=reason)
+        answer = NoAnswer(reason=reason)
     details = {"approve": answer.approve, "flow_run_id": str(flow_run.id or "")}
     with engine.begin() as connection:
         audit.add(

@@ -178,7 +178,8 @@ def look(scene: Scene, watched: Probation) -> Probation:
         pairs.append(probation.pair(scored, watched))
     alpha = scene.settings.probation_alpha
     told = [each for each in pairs if len(each)] or pairs[:1]  # an empty one has no types
-    found = probation.weigh(pd.concat(told), alpha)
+    horizon = probation.farthest(scene.engine, watched)
+    found = probation.weigh(pd.concat(told), horizon, alpha)
     over = count_sessions(watched.started, scene.session) >= watched.days
     after = probation.record(
         scene.engine,

@@ -193,20 +193,23 @@ def test_a_person_decides_on_a_rollback_where_one_has_to_approve(settings, regis
     assert registry.version(NAME, 2).tags["probation"] == "rolled-back"
 
 
-def test_a_version_that_a_person_keeps_stays_and_nobody_is_asked_again(settings, registry, engine):
+@pytest.mark.parametrize("who", ["Ada", "nobody"])
+def test_a_version_that_a_person_keeps_stays_and_nobody_is_asked_again(
+    settings, registry, engine, who
+):
     promote(settings, registry, engine, 1, 2)
     with configured(settings.home, approval=True) as asked:
         look_at(asked, registry, engine, SESSIONS[12])
         (watched,) = probation.watching(engine, NAME)
-        decided = {"approve": False, "who": "Ada", "reason": "the market is odd"}
+        decided = {"approve": False, "who": who, "reason": "the market is odd"}
         assert asked_to_roll_back(asked, watched, **decided) is None
         assert look_at(asked, registry, engine, SESSIONS[13]) == ""
         assert rollback(NAME, watched=watched.id) is None, "decided: nobody is asked"
     assert registry.alias(NAME, PRODUCTION) == 2
     assert [each.state for each in probation.history(engine, NAME)] == ["kept"]
     lines = {line.kind: line for line in audit.read(engine)}
-    assert (lines["approval"].who, lines["approval"].reason) == ("Ada", "the market is odd")
-    assert (lines["probation"].who, lines["probation"].details["state"]) == ("Ada", "kept")
+    assert (lines["approval"].who, lines["approval"].reason) == (who, "the market is odd")
+    assert (lines["probation"].who, lines["probation"].details["state"]) == (who, "kept")
     with pytest.raises(RegistryError, match="no probation nothing"):
         rollback(NAME, version=1, watched="nothing")
 

@@ -124,9 +124,9 @@ def test_a_retrain_starts_from_productions_parameters_and_searches_only_if_these
         nowhere = {"ray_address": f"127.0.0.1:{taken.getsockname()[1]}"}
         strict = {"gate_tolerance": 0, "gate_classical_tolerance": 0}
         with configured(home, **nowhere, **strict), pytest.raises(ServiceError, match="No Ray"):
-            retrain(symbol="GOOG", as_of=date(2007, 6, 29), trigger="refused first")
+            retrain(symbol="GOOG", as_of=date(2007, 3, 30), trigger="refused first")
         with configured(home, **nowhere, **strict, retrain_search="never"):
-            refused = retrain(symbol="GOOG", as_of=date(2007, 6, 29), trigger="never searches")
+            refused = retrain(symbol="GOOG", as_of=date(2007, 3, 30), trigger="never searches")
         with configured(home, **nowhere, **LAX):
             result = retrain(symbol="GOOG", as_of=date(2007, 7, 31), trigger="warm")
     assert refused.outcome == "refused"

@@ -258,6 +258,15 @@ def test_slices_are_those_against_production_then():
     assert reason.startswith("Worse than the production on the 60 days that are calm")
 
 
+def test_width_is_paid_for_in_crps_then():
+    wide = np.broadcast_to(0.06 * NORMAL, (WINDOWS, HORIZON, len(NORMAL)))
+    verdict = decide(noisy(0.95), production=WALKED * 1.15, quantiles=wide)
+    assert verdict.promote
+    assert [note.split(":")[0] for note in verdict.notes] == ["Too cautious"]
+    first = decide(noisy(0.95), quantiles=wide)
+    assert [each.split(":")[0] for each in first.reasons] == ["Too cautious"]
+
+
 def test_other_faults_are_not_taken_back():
     narrow = np.broadcast_to(0.01 * NORMAL, (WINDOWS, HORIZON, len(NORMAL)))
     verdict = decide(noisy(1.05), production=WALKED * 1.15, quantiles=narrow)

@@ -20,12 +20,12 @@ from tests.models import ratios
 
 NAME = "perennial-goog"
 START = date(2008, 1, 2)
-DAYS = 20
+DAYS, FAR = 20, 5
 ALPHA = 0.05
 WATCHED = Probation("a", NAME, 2, 1, START, DAYS, "watching", {})
 
 
-def pairs(ratio: float, days: int = DAYS, horizons: tuple[int, ...] = (1, 5), seed: int = 0):
+def pairs(ratio: float, days: int = DAYS, horizons: tuple[int, ...] = (1, FAR), seed: int = 0):
     """Losses of two versions, one `ratio` times the other but for noise, as known after `days`."""
     rng = np.random.default_rng(seed)
     sessions = [START, *sessions_after(START, days)]
@@ -43,10 +43,10 @@ def pairs(ratio: float, days: int = DAYS, horizons: tuple[int, ...] = (1, 5), se
 
 def slow_peak(table: pd.DataFrame) -> float:
     """Wealth of every stake and interleaved series on every day, one bet at a time."""
-    horizon, peak = int(table.horizon.max()), 1.0
+    peak = 1.0
     for day in sorted(table.target.unique()):
         values = []
-        for lag in (1, horizon):
+        for lag in (1, FAR):
             known = table[(table.horizon == lag) & (table.target <= day)].sort_values("origin")
             series = []
             for start in range(lag):
@@ -66,16 +66,16 @@ def slow_peak(table: pd.DataFrame) -> float:
 @pytest.mark.parametrize(("ratio", "days"), [(1.0, 20), (1.3, 12), (0.8, 20), (1.3, 4), (1.3, 1)])
 def test_the_rule_is_the_slow_loop(ratio, days):
     table = pairs(ratio, days)
-    found = probation.weigh(table, ALPHA)
+    found = probation.weigh(table, FAR, ALPHA)
     assert found.peak == pytest.approx(slow_peak(table), rel=1e-12)
     assert found.worse == (found.peak >= 20)
     assert found.days == days
 
 
 def test_a_version_that_is_much_worse_is_found_within_three_weeks_and_for_good():
-    assert not probation.weigh(pairs(2.0, 3), ALPHA).worse
+    assert not probation.weigh(pairs(2.0, 3), FAR, ALPHA).worse
     for days in (15, DAYS):
-        found = probation.weigh(pairs(2.0, days), ALPHA)
+        found = probation.weigh(pairs(2.0, days), FAR, ALPHA)
         assert found.worse
         assert found.relative == pytest.approx(1.0, abs=0.05)
     assert found.far_relative == pytest.approx(1.0, abs=0.05)
@@ -93,7 +93,7 @@ def test_one_that_is_as_good_or_better_is_not(ratio):
         table["crps"] *= noise
         table["previous_crps"] *= np.exp(rng.normal(0, 0.3, len(table)))
         table["scale"] = table[["crps", "previous_crps"]].max(axis=1)
-        condemned += probation.weigh(table, ALPHA).worse
+        condemned += probation.weigh(table, FAR, ALPHA).worse
     assert condemned <= 5
 
 
@@ -101,22 +101,24 @@ def test_days_are_known_by_their_target():
     """A forecast five days ahead says nothing before its day, in whatever order rows come."""
     table = pairs(1.5, 10)
     shuffled = table.sample(frac=1.0, random_state=1)
-    assert probation.weigh(shuffled, ALPHA) == probation.weigh(table, ALPHA)
+    assert probation.weigh(shuffled, FAR, ALPHA) == probation.weigh(table, FAR, ALPHA)
     early = table[table.target <= pd.Timestamp(sessions_after(START, 4)[-1])]
     assert set(early.horizon) == {1}
-    assert probation.weigh(early, ALPHA).horizon == 1
+    found = probation.weigh(early, FAR, ALPHA)
+    assert (found.horizon, found.peak) == (FAR, pytest.approx(slow_peak(early)))
+    assert np.isnan(found.far_relative)
 
 
 def test_several_symbols_are_averaged_day_by_day():
     one = pairs(1.5, 10)
     other = one.assign(symbol="IBM", crps=one.previous_crps, previous_crps=one.crps)
-    found = probation.weigh(pd.concat([one, other]), ALPHA)
+    found = probation.weigh(pd.concat([one, other]), FAR, ALPHA)
     assert (found.days, found.peak) == (10, 1.0)
     assert found.relative == pytest.approx(0.0)
 
 
 def test_without_a_day_nothing_is_said():
-    found = probation.weigh(pairs(1.0, 1).iloc[:0], ALPHA)
+    found = probation.weigh(pairs(1.0, 1).iloc[:0], FAR, ALPHA)
     assert (found.days, found.peak, found.worse) == (0, 1.0, False)
     told = found.as_json(1, START, ALPHA)
     assert told["summary"] == "No day was scored beside version 1 yet."
