@@ -148,7 +148,9 @@ def _check(
     newest = verdicts[-1]
     seen.summary, seen.drifted, seen.share = newest.summary(), newest.drifted, newest.share
     seen.checks = len(verdicts)
-    fares, logged = score_forecasts(settings, engine, contract, version, symbol, seen.as_of, md5)
+    fares, logged = score_forecasts(
+        settings, registry, engine, contract, version, symbol, seen.as_of, md5
+    )
     seen.performance, seen.degraded, seen.evidence = fares.summary(), fares.degraded, fares.evidence
     is_new = newest.drifted and not was_alarmed(engine, contract, version, symbol, after)
     known = was_alarmed(engine, contract, version, symbol, newest.recent_end)

@@ -22,7 +22,13 @@ from forecasting.datasets import DatasetVersion
 from forecasting.errors import OvertakenError
 from forecasting.events import ModelRefused, put_once
 from forecasting.hyperparameters import ModelConfig
-from forecasting.registry import MODEL_TAG, PRODUCTION, Registry, open_registry
+from forecasting.registry import (
+    MODEL_TAG,
+    PRODUCTION,
+    PROVISIONAL_TAG,
+    Registry,
+    open_registry,
+)
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from forecasting.windows import Splits
@@ -358,7 +364,10 @@ class Training:
             if not answer.approve:
                 return self.result("refused", [str(answer)], scores=scores)
             why = f"{why} {answer}"
-        version = self.registry.register(folder, self.forecaster, self.run_id, notes={CARD: card})
+        tags = {PROVISIONAL_TAG: "true"} if verdict.provisional else {}
+        version = self.registry.register(
+            folder, self.forecaster, self.run_id, tags=tags, notes={CARD: card}
+        )
         try:
             promoted = promote_version(
                 self.settings,

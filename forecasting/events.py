@@ -116,7 +116,8 @@ class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
     `evidence` is an e-value: the odds against no degradation that the days since `since` bring, at
     least one over the false-alarm rate of the whole watch (Ville's inequality). CRPS are means over
     these days in bp of log return, `horizon` days ahead where that speaks loudest; `coverage` is
-    the share of them that the 80 % interval held.
+    the share of them that the 80 % interval held. Of a `provisional` version, which the gate let in
+    only because the one before was worse beyond doubt, it is told with whatever evidence there is.
     """
 
     schema: Literal[1] = 1
@@ -124,6 +125,7 @@ class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
     as_of: date
     forecaster: str
     version: int
+    provisional: bool = False
     against: str
     since: date
     days: int

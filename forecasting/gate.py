@@ -18,7 +18,8 @@ variance, since forecasts overlap. A candidate has to hold all of this:
   that has learned from the same days only would be chosen by chance, and is refused.
   Where it is better beyond doubt, what walk and baseline object, in a slice too, is taken back, and
   that its intervals hold too much: a refusal would serve what is worse still. After a market has
-  changed it may take a year until a candidate has learned enough of it to pass their bounds.
+  changed it may take a year until a candidate has learned enough of it to pass their bounds. Such
+  a promotion is provisional: the monitor goes on asking for a better version.
 - **Slices**: in no slice of at least `SLICE_DAYS` days (calm, volatile, after earnings) is it shown
   to be worse than random walk or production by more than `SLICE_MARGIN` (lower bound).
 - **Intervals**: neither central interval is shown to hold a share outside `INTERVALS`. The margin
@@ -214,6 +215,7 @@ class GateVerdict:
 
     Attributes:
         promote: whether the candidate may go to production.
+        provisional: whether it may only as better than what is there, not as good as it should be.
         reasons: why not; empty exactly if `promote`.
         notes: what a reader of the figures should know besides.
         candidate_crps: None where it could not be computed, as with the figures below.
@@ -236,6 +238,7 @@ class GateVerdict:
     """
 
     promote: bool
+    provisional: bool
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
     candidate_crps: float | None
@@ -295,6 +298,7 @@ def judge(evidence: Evidence, rule: Rule) -> GateVerdict:
     days = evidence.days
     return GateVerdict(
         promote=not found.problems,
+        provisional=found.provisional and not found.problems,
         reasons=tuple(found.problems),
         notes=tuple(found.notes),
         candidate_crps=_finite(means.get(CANDIDATE)),
@@ -323,6 +327,7 @@ class _Findings:
     """What speaks against the candidate, and the figures behind it, as they are found."""
 
     problems: list[str]
+    provisional: bool = False
     notes: list[str] = field(default_factory=list)
     pairings: list[Pairing] = field(default_factory=list)
     slices: list[Slice] = field(default_factory=list)
@@ -407,7 +412,8 @@ def _compare(evidence: Evidence, scores: dict[str, Array], rule: Rule, found: _F
     found.notes += _thin(found.pairings, objections)
     cautious, slices = _cautious(found.intervals), found.slices
     if _is_better(evidence, found.pairings):
-        found.notes += _take_back(found.pairings, objections) + cautious
+        taken_back = _take_back(found.pairings, objections) + cautious
+        found.notes, found.provisional = found.notes + taken_back, bool(taken_back)
         cautious, slices = [], [each for each in slices if each.opponent != WALK]
     found.problems += [each for each in objections.values() if each]
     found.problems += _implausible(found.pairings, scores)

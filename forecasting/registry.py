@@ -52,6 +52,8 @@ CONTRACT_TAG = "contract_sha256"
 MODEL_TAG = "model_sha256"
 """The network alone: two trainings that came to the same one differ in their contracts."""
 SIGNATURE_TAG = "signature"
+PROVISIONAL_TAG = "provisional"
+"""Of a version that the gate let in only because the one before was worse; its value is `true`."""
 OWNER_TAG = "perennial"
 """Tag of registered models that are ours; a shared registry may hold others."""
 REQUIREMENTS = ("numpy", "onnx", "onnxruntime", "pandas")

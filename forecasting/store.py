@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import orjson
 from sqlalchemy import (
     JSON,
     URL,
@@ -234,6 +235,11 @@ def now() -> datetime:
     return datetime.now(UTC)
 
 
+def _json(value: object) -> str:
+    """As columns hold it: NaN is null, for what is no JSON could not be read again."""
+    return orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_NON_STR_KEYS).decode()
+
+
 def open_engine(url: str) -> Engine:
     """Engine for `url` with all tables present, of the schema that the code knows.
 
@@ -249,6 +255,7 @@ def open_engine(url: str) -> Engine:
         engine = create_engine(
             parsed,
             connect_args={"timeout": 30} if sqlite else {},
+            json_serializer=_json,
             json_deserializer=msgspec.json.decode,  # quantiles of thousands of forecasts, each day
         )
     except OSError as error:

@@ -22,7 +22,7 @@ from forecasting.errors import ContractError, HistoryError, ModelError
 from forecasting.inference import Forecaster
 from forecasting.metrics import Array
 from forecasting.performance import Logged, Performance
-from forecasting.registry import Registry
+from forecasting.registry import PROVISIONAL_TAG, Registry
 from forecasting.served import PredictionDrift, Traffic
 from forecasting.settings import Settings
 from forecasting.store import now, scores
@@ -68,6 +68,7 @@ class Served(NamedTuple):
 @task(name="score-forecasts", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
 def score_forecasts(
     settings: Settings,
+    registry: Registry,
     engine: Engine,
     contract: Contract,
     version: int,
@@ -80,7 +81,9 @@ def score_forecasts(
     of = (symbol, contract.forecaster, version)
     logged = performance.read_log(engine, *of, frame, as_of, since=contract.as_of)
     alpha = settings.performance_alpha / len(contract.symbols)  # each symbol is a watch of its own
-    found = performance.judge(logged, *of, as_of, alpha)
+    tags = registry.version(contract.forecaster, version).tags
+    provisional = tags.get(PROVISIONAL_TAG) == "true"
+    found = performance.judge(logged, *of, as_of, alpha, provisional=provisional)
     if found.rolling:
         create_table_artifact(found.table(), key="performance", description=found.summary())
     get_run_logger().info(found.summary())

@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 
+from flows.forecast import forecast
+from flows.ingest import ingest
+from flows.monitor import monitor
 from flows.retrain import retrain
 from flows.rollback import rollback
 from flows.train import TrainResult
 from forecasting.errors import HistoryError, ServiceError
 from forecasting.registry import PRODUCTION, open_registry
+from forecasting.sessions import sessions_between
 from forecasting.settings import Settings
 from forecasting.store import gate_looks, outbox, retrains
 from tests.flows.support import all_runs, children, client_of, configured, rows_of, task_states
@@ -168,3 +172,24 @@ def test_parameters_that_have_aged_are_searched_anew_before_the_gate_looks(setti
     (searched,) = children(settings, result.run_id)
     assert search_run_of(settings, result) == searched.info.run_id
     assert len(rows_of(settings, gate_looks)) == looks + 1
+
+
+def test_a_provisional_promotion_is_told_of_until_a_better_one_comes(tmp_path):
+    """Better than production beyond doubt, and not shown to be as good as a baseline."""
+    strict = {"gate_tolerance": 0, "gate_classical_tolerance": 0}
+    day, later = date(2007, 5, 31), date(2007, 6, 8)
+    with configured(tmp_path) as settings:
+        assert retrain(symbol="GOOG", as_of=DAY, trigger="first").outcome == "promoted"
+    with configured(tmp_path, **strict):
+        result = retrain(symbol="GOOG", as_of=day, trigger="provisional")
+        assert result.outcome == "promoted", result.reasons
+        assert "it passes as better beyond doubt than production" in result.reasons[0]
+        assert open_registry(settings).version(NAME, result.version).tags["provisional"] == "true"
+        ingest(["GOOG"], as_of=later)
+        for origin in sessions_between(day, later):
+            forecast(symbols=["GOOG"], as_of=origin)
+        seen = monitor(symbol="GOOG", as_of=later)
+    assert seen.degraded
+    assert seen.performance.startswith("Provisional, and not yet as good as the random walk")
+    told = [row for row in rows_of(settings, outbox) if row["id"] == str(seen.degraded_event_id)]
+    assert [row["payload"]["provisional"] for row in told] == [True]

@@ -224,6 +224,7 @@ def test_every_reason_is_given():
 def test_what_is_better_beyond_doubt_replaces_production():
     verdict = decide(noisy(1.05), production=WALKED * 1.15)
     assert verdict.promote
+    assert verdict.provisional
     walk, classical = verdict.notes
     assert walk.startswith("It is not shown to be as good as the random walk (+4.92%, bound +5.")
     assert walk.endswith("which a refusal would serve.")
@@ -238,6 +239,13 @@ def test_only_if_it_is_better_beyond_doubt():
     assert pair.relative < 0 < pair.upper
     assert "Not shown to be as good as the random walk" in verdict.reasons[0]
     assert verdict.notes == ()
+    assert not verdict.provisional
+
+
+def test_what_passes_without_that_is_not_provisional():
+    verdict = decide(noisy(0.95), production=WALKED * 1.15)
+    assert against(verdict, PRODUCTION).upper < 0
+    assert (verdict.promote, verdict.provisional, verdict.notes) == (True, False, ())
 
 
 def test_symbols_that_production_does_not_serve_would_get_a_first_model():
@@ -271,6 +279,7 @@ def test_other_faults_are_not_taken_back():
     narrow = np.broadcast_to(0.01 * NORMAL, (WINDOWS, HORIZON, len(NORMAL)))
     verdict = decide(noisy(1.05), production=WALKED * 1.15, quantiles=narrow)
     assert [each.split(":")[0] for each in verdict.reasons] == ["Overconfident"] * 2
+    assert not verdict.provisional
 
 
 # --- thin evidence against the random walk -------------------------------------------------------

@@ -150,6 +150,29 @@ def test_a_good_version_is_not_found(engine, tmp_path, frame):
     assert row["over_walk"] == pytest.approx(row["crps_bp"] / row["walk_crps_bp"] - 1)
 
 
+def test_a_provisional_version_counts_as_degraded_until_it_is_as_good_as_the_walk(
+    engine, tmp_path, frame
+):
+    log(engine, tmp_path, *(forecast(frame, origin) for origin in DAYS[300:480]))
+    assert not seen(engine, frame, DAYS[300], provisional=True).degraded, "nothing is known yet"
+    first = seen(engine, frame, DAYS[301], provisional=True)
+    assert first.degraded
+    assert (first.event().horizon, first.event().days) == (1, 1), "the farther bet has no day yet"
+    early = seen(engine, frame, DAYS[300 + ROLLING], provisional=True)
+    assert early.degraded
+    assert early.found_on is None
+    assert early.summary().startswith("Provisional, and not yet as good as the random walk: evid")
+    event = early.event()
+    assert event.provisional
+    assert event.evidence < 1 / ALPHA
+    told = {day: seen(engine, frame, day, provisional=True) for day in DAYS[365:480]}
+    for found in told.values():
+        worse = [each.over_walk > 0 for each in (found.rolling[0], found.rolling[-1])]
+        assert found.degraded == any(worse)
+    assert {found.degraded for found in told.values()} == {True, False}
+    assert not seen(engine, frame, DAYS[300 + ROLLING]).degraded
+
+
 def test_forecasts_before_the_version_knew_its_data_can_be_left_out(engine, tmp_path, frame):
     log(engine, tmp_path, *(forecast(frame, origin, 0.3) for origin in DAYS[100:200]))
     assert seen(engine, frame).degraded

@@ -1,9 +1,12 @@
 import sqlite3
 from contextlib import suppress
+from datetime import date
 
+import numpy as np
 import pytest
 from sqlalchemy import Engine, inspect, text
 
+from forecasting import audit
 from forecasting.errors import ConfigError, ServiceError
 from forecasting.store import engine_of, metadata, open_engine
 from tests.postgres import ADDRESS, postgres_schema
@@ -59,6 +62,16 @@ def test_opening_again_keeps_what_is_there(url):
     with engine_of(url) as first, engine_of(url) as second, second.connect() as connection:
         assert tables(first) == tables(second)
         assert connection.execute(text("SELECT count(*) FROM outbox")).scalar_one() == 1
+
+
+def test_a_number_that_is_none_does_not_spoil_its_row(url):
+    """NaN is no JSON: PostgreSQL would refuse it, and SQLite hold what cannot be read again."""
+    said = {"score": float("nan"), "of": np.float64(0.1), "days": {3: date(2008, 1, 2)}}
+    with engine_of(url) as engine:
+        with engine.begin() as connection:
+            audit.add(connection, "retrain", "GOOG", who="me", reason="why", details=said)
+        (line,) = audit.read(engine)
+    assert line.details == {"score": None, "of": 0.1, "days": {"3": "2008-01-02"}}
 
 
 def test_a_reader_does_not_block_the_drainer_on_sqlite(tmp_path):
