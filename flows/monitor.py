@@ -157,10 +157,12 @@ def _check(
     if newest.drifted and not known and tells:  # before any page, which may fail
         seen.event_id = alarm(engine, contract, version, symbol, newest)
     if fares.degraded and tells:
-        seen.degraded_event_id = alarm_degraded(engine, fares)
+        seen.degraded_event_id = alarm_degraded(settings, engine, contract, fares)
     if tells and not (newest.drifted or fares.degraded):
         end = newest.recent_end
-        seen.aged_event_id = alarm_aged(settings, engine, contract, version, symbol, end)
+        seen.aged_event_id = alarm_aged(
+            settings, engine, contract, version, symbol, end, seen.as_of
+        )
     answered = Served([], [])
     if is_new or page_due(settings.report_days, after, newest.recent_end):
         answered = watch_served(

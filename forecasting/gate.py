@@ -264,8 +264,9 @@ class GateVerdict:
         """One paragraph for logs and reports."""
         if not self.promote:
             return "Refused: " + " ".join(self.reasons)
+        word = "Promoted provisionally" if self.provisional else "Promoted"
         text = (
-            f"Promoted: CRPS {self.candidate_crps:.1f} bp over {self.windows} windows, "
+            f"{word}: CRPS {self.candidate_crps:.1f} bp over {self.windows} windows, "
             f"{self.relative_to_random_walk:+.1%} against the random walk's "
             f"{self.random_walk_crps:.1f} (upper {percent(self.confidence)} bound "
             f"{self.upper:+.1%}), {self.classical} {self.classical_crps:.1f}"

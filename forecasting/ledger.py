@@ -26,6 +26,8 @@ LOST_AFTER = timedelta(hours=5)
 WEEK = timedelta(days=7)
 FIRST_WAIT = 20
 """Trading days until age asks for the first time, where there is no cooldown."""
+MOST_DOUBLINGS = 3
+"""Of the cooldown, after refusals in a row."""
 KEPT_FOR_ALARMS = 2
 """Runs of a week's budget that age does not take, if it is larger."""
 
@@ -192,6 +194,33 @@ def wait_for_age(settings: Settings, row: int) -> int:
     if not most:
         return 0
     return max(cooldown, min(most, (cooldown or FIRST_WAIT) << min(row, most.bit_length())))
+
+
+def last_refused(engine: Engine, symbol: str) -> tuple[date | None, int]:
+    """Market day of the newest retrain that came to something, and how many were refused in a row.
+
+    Args:
+        engine: from `store.open_engine`.
+        symbol: as in `claim`.
+
+    Returns:
+        (day, None without any; refused ones since the last that was not).
+    """
+    came_to = (retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED))
+    query = select(retrains.c.as_of, retrains.c.state).where(*came_to)
+    newest_first = query.order_by(retrains.c.as_of.desc(), retrains.c.created_at.desc())
+    with engine.connect() as connection:
+        lines = connection.execute(newest_first).all()
+    row = len(list(takewhile(lambda line: line.state == "refused", lines)))
+    return (lines[0].as_of if lines else None), row
+
+
+def wait_after_refusals(settings: Settings, row: int) -> int:
+    """Trading days after the newest retrain on which a provisional version asks for the next one.
+
+    A cooldown, and twice as long for each that was refused in a row, up to `MOST_DOUBLINGS`.
+    """
+    return (settings.retrain_cooldown_days or FIRST_WAIT) << min(row, MOST_DOUBLINGS)
 
 
 def _of_age(trigger: str) -> bool:

@@ -1,7 +1,7 @@
 """Steps of monitoring: join late labels, compare with the training reference, tell, alarm."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import date, timedelta
 from pathlib import Path
@@ -306,16 +306,22 @@ def alarm(
 
 @task(name="alarm-aged", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
 def alarm_aged(
-    settings: Settings, engine: Engine, contract: Contract, version: int, symbol: str, day: date
+    settings: Settings,
+    engine: Engine,
+    contract: Contract,
+    version: int,
+    symbol: str,
+    day: date,
+    as_of: date,
 ) -> UUID | None:
-    """Write an event into the outbox, once a day and version, if the last retrain is long enough
-    ago (`ledger.wait_for_age`); its id. Symbols that share a forecaster share it."""
+    """Write an event into the outbox, once a session `day` and version, if the last retrain is long
+    enough ago (`ledger.wait_for_age`); its id. Symbols that share a forecaster share it."""
     whose = symbol if len(contract.symbols) == 1 else contract.forecaster
     last, row = ledger.last_asked(engine, whose)
     if last is None or contract.as_of > last:  # trained by hand since then
         last, row = contract.as_of, 0
     days, wait = count_sessions(last, day), ledger.wait_for_age(settings, row)
-    if not wait or days < wait or _alarmed(engine, contract, version, day):
+    if not wait or days < wait or _alarmed(engine, contract, version, {day, as_of}):
         return None
     return events.put_once(
         engine,
@@ -332,11 +338,13 @@ def alarm_aged(
     )
 
 
-def _alarmed(engine: Engine, contract: Contract, version: int, day: date) -> bool:
-    """Whether another symbol of the forecaster has asked for a retrain already."""
+def _alarmed(engine: Engine, contract: Contract, version: int, days: Iterable[date]) -> bool:
+    """Whether another symbol of the forecaster has asked for a retrain already: drift is told of a
+    session, degraded forecasts of the day of the look, which may be one without trading."""
     with engine.connect() as connection:
         return any(
             events.was_put(connection, kind, f"{symbol} {day} {contract.forecaster} {version}")
             for symbol in contract.symbols
+            for day in days
             for kind in (events.DriftDetected, events.PerformanceDegraded)
         )

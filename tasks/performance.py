@@ -15,7 +15,7 @@ from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import backtest, datasets, events, performance, prices, served
+from forecasting import backtest, datasets, events, ledger, performance, prices, served
 from forecasting.contract import Contract
 from forecasting.drift import DriftVerdict
 from forecasting.errors import ContractError, HistoryError, ModelError
@@ -24,6 +24,7 @@ from forecasting.metrics import Array
 from forecasting.performance import Logged, Performance
 from forecasting.registry import PROVISIONAL_TAG, Registry
 from forecasting.served import PredictionDrift, Traffic
+from forecasting.sessions import count_sessions
 from forecasting.settings import Settings
 from forecasting.store import now, scores
 from forecasting.windows import make_windows
@@ -179,10 +180,19 @@ def _drift_scores(verdict: DriftVerdict) -> dict[tuple[str, int], float]:
 
 
 @task(name="alarm-degraded", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
-def alarm_degraded(engine: Engine, found: Performance) -> UUID:
+def alarm_degraded(
+    settings: Settings, engine: Engine, contract: Contract, found: Performance
+) -> UUID | None:
     """Write the event into the outbox, once a day and version; its id.
 
-    As with drift, what a cooldown skipped is asked for again while it holds.
+    As with drift, what a cooldown skipped is asked for again while it holds. A version that is
+    provisional and nothing worse waits longer after refusals (`ledger.wait_after_refusals`).
     """
+    if found.found_on is None:
+        whose = found.symbol if len(contract.symbols) == 1 else contract.forecaster
+        last, row = ledger.last_refused(engine, whose)
+        wait = ledger.wait_after_refusals(settings, row)
+        if last is not None and count_sessions(last, found.as_of) < wait:
+            return None
     same = f"{found.symbol} {found.as_of} {found.forecaster} {found.version}"
     return events.put_once(engine, found.event(), same=same)

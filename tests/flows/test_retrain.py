@@ -177,7 +177,7 @@ def test_parameters_that_have_aged_are_searched_anew_before_the_gate_looks(setti
 def test_a_provisional_promotion_is_told_of_until_a_better_one_comes(tmp_path):
     """Better than production beyond doubt, and not shown to be as good as a baseline."""
     strict = {"gate_tolerance": 0, "gate_classical_tolerance": 0}
-    day, later = date(2007, 5, 31), date(2007, 6, 8)
+    day, later = date(2007, 5, 31), date(2007, 6, 28)
     with configured(tmp_path) as settings:
         assert retrain(symbol="GOOG", as_of=DAY, trigger="first").outcome == "promoted"
     with configured(tmp_path, **strict):
@@ -186,9 +186,12 @@ def test_a_provisional_promotion_is_told_of_until_a_better_one_comes(tmp_path):
         assert "it passes as better beyond doubt than production" in result.reasons[0]
         assert open_registry(settings).version(NAME, result.version).tags["provisional"] == "true"
         ingest(["GOOG"], as_of=later)
-        for origin in sessions_between(day, later):
+        for origin in (sessions := sessions_between(day, later)):
             forecast(symbols=["GOOG"], as_of=origin)
+        soon = monitor(symbol="GOOG", as_of=sessions[19])
         seen = monitor(symbol="GOOG", as_of=later)
+    assert len(sessions) == 21, "a cooldown"
+    assert (soon.degraded, soon.degraded_event_id, soon.aged_event_id) == (True, None, None)
     assert seen.degraded
     assert seen.performance.startswith("Provisional, and not yet as good as the random walk")
     told = [row for row in rows_of(settings, outbox) if row["id"] == str(seen.degraded_event_id)]

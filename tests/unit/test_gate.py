@@ -230,6 +230,7 @@ def test_what_is_better_beyond_doubt_replaces_production():
     assert walk.endswith("which a refusal would serve.")
     assert "HAR" in classical
     assert walk in verdict.summary()
+    assert verdict.summary().startswith("Promoted provisionally: CRPS ")
 
 
 def test_only_if_it_is_better_beyond_doubt():

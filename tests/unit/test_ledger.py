@@ -141,6 +141,21 @@ def test_age_asks_after_a_cooldown_then_after_twice_the_time_each_up_to_the_most
     assert waits(retrain_cooldown_days=0) == [20, 40, 80, 126, 126, 126, 126]
 
 
+def test_refusals_in_a_row_make_a_provisional_version_wait_longer(engine):
+    assert ledger.last_refused(engine, "GOOG") == (None, 0)
+    days = [DAY, *sessions_after(DAY, 40)]
+    for number, (day, state) in enumerate(
+        [(0, "refused"), (10, "promoted"), (20, "refused"), (30, "refused"), (35, "failed")]
+    ):
+        entry = claim(engine, days[day], f"run {number}")
+        ledger.close(engine, entry.id, state, "why")
+    assert not claim(engine, days[36], "another one's", symbol="IBM").skipped
+    assert ledger.last_refused(engine, "GOOG") == (days[30], 2)
+    waits = [ledger.wait_after_refusals(Settings(), row) for row in (0, 1, 2, 3, 50)]
+    assert waits == [20, 40, 80, 160, 160]
+    assert ledger.wait_after_refusals(Settings(retrain_cooldown_days=0), 1) == 40
+
+
 def test_age_leaves_some_of_the_weeks_budget_to_alarms(engine):
     age, limits = f"{ModelAged.name} an event", {"runs": 3, "cooldown_days": 0}
     retrained(engine, trigger=age, **limits)
