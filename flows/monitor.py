@@ -21,10 +21,12 @@ from tasks.events import telling
 from tasks.monitor import (
     alarm,
     alarm_aged,
+    alarm_provisional,
     check_days,
     compare,
     draw,
     find_faults,
+    is_provisional,
     join_actuals,
     keep_snapshot,
     last_check,
@@ -64,6 +66,8 @@ class MonitorResult(BaseModel):
     performance: str = ""
     degraded_event_id: UUID | None = None
     aged_event_id: UUID | None = None
+    provisional: bool = False
+    provisional_event_id: UUID | None = None
     probation: str = ""
 
 
@@ -80,7 +84,8 @@ def monitor(
     Only the newest check acts: it says what is true now. It emits `perennial.drift.detected`, once
     a day and version, which an automation answers with the deployment `retrain`; forecasts that got
     worse than they should be are `perennial.performance.degraded`, as often; where neither is, but
-    the last retrain was long ago, `perennial.model.aged`. Prices that
+    the last retrain was long ago, `perennial.model.aged`. While a version is provisional, which its
+    own newest scores may end, `perennial.model.provisional` asks for a better one. Prices that
     cannot be right, or did not come, are `perennial.data.faulty`; no training follows from them.
     A version on probation that is worse than the one before it is rolled back.
 
@@ -148,18 +153,21 @@ def _check(
     newest = verdicts[-1]
     seen.summary, seen.drifted, seen.share = newest.summary(), newest.drifted, newest.share
     seen.checks = len(verdicts)
-    fares, logged = score_forecasts(
-        settings, registry, engine, contract, version, symbol, seen.as_of, md5
-    )
+    fares, logged = score_forecasts(settings, engine, contract, version, symbol, seen.as_of, md5)
     seen.performance, seen.degraded, seen.evidence = fares.summary(), fares.degraded, fares.evidence
     is_new = newest.drifted and not was_alarmed(engine, contract, version, symbol, after)
     known = was_alarmed(engine, contract, version, symbol, newest.recent_end)
     if newest.drifted and not known and tells:  # before any page, which may fail
         seen.event_id = alarm(engine, contract, version, symbol, newest)
     if fares.degraded and tells:
-        seen.degraded_event_id = alarm_degraded(settings, engine, contract, fares)
-    if tells and not (newest.drifted or fares.degraded):
-        end = newest.recent_end
+        seen.degraded_event_id = alarm_degraded(engine, fares)
+    end = newest.recent_end
+    seen.provisional = not fares.as_good_as_walk and is_provisional(registry, contract, version)
+    if tells and seen.provisional and fares.strongest and not fares.degraded:
+        seen.provisional_event_id = alarm_provisional(
+            settings, engine, contract, version, symbol, end
+        )
+    elif tells and not (newest.drifted or fares.degraded):
         seen.aged_event_id = alarm_aged(
             settings, engine, contract, version, symbol, end, seen.as_of
         )

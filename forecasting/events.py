@@ -116,8 +116,7 @@ class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
     `evidence` is an e-value: the odds against no degradation that the days since `since` bring, at
     least one over the false-alarm rate of the whole watch (Ville's inequality). CRPS are means over
     these days in bp of log return, `horizon` days ahead where that speaks loudest; `coverage` is
-    the share of them that the 80 % interval held. Of a `provisional` version, which the gate let in
-    only because the one before was worse beyond doubt, it is told with whatever evidence there is.
+    the share of them that the 80 % interval held.
     """
 
     schema: Literal[1] = 1
@@ -125,7 +124,6 @@ class PerformanceDegraded(msgspec.Struct, frozen=True, kw_only=True):
     as_of: date
     forecaster: str
     version: int
-    provisional: bool = False
     against: str
     since: date
     days: int
@@ -160,6 +158,32 @@ class ModelAged(msgspec.Struct, frozen=True, kw_only=True):
     wait: int
 
     name = "perennial.model.aged"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return f"perennial.symbol.{self.symbol}"
+
+
+class ModelProvisional(msgspec.Struct, frozen=True, kw_only=True):
+    """The version in production was let in only because the one before was worse beyond doubt, and
+    its own forecasts do not say yet that it is good: a better one is asked for.
+
+    `since` is the market day of the last retrain, or of the version's own training; `days` are the
+    trading days from there, at least `wait`, which grows with the retrains `refused` in a row.
+    """
+
+    schema: Literal[1] = 1
+    symbol: str
+    as_of: date
+    forecaster: str
+    version: int
+    since: date
+    days: int
+    wait: int
+    refused: int
+
+    name = "perennial.model.provisional"
 
     @property
     def resource(self) -> str:
@@ -265,6 +289,7 @@ Event = (
     DriftDetected
     | PerformanceDegraded
     | ModelAged
+    | ModelProvisional
     | DataRejected
     | DataUpdated
     | DataFaulty
@@ -276,7 +301,9 @@ Event = (
 )
 
 
-RETRAINING = frozenset({DriftDetected.name, PerformanceDegraded.name, ModelAged.name})
+RETRAINING = frozenset(
+    {DriftDetected.name, PerformanceDegraded.name, ModelProvisional.name, ModelAged.name}
+)
 """Events that ask for a retrain; the ledger decides."""
 
 

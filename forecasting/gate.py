@@ -60,6 +60,8 @@ INTERVALS = {0.8: (0.76, 0.90), 0.95: (0.92, 0.99)}
 mostly paid for in CRPS, so there is more room above."""
 IMPLAUSIBLE = 0.2
 """No honest forecaster of daily returns is known to beat GARCH by more than a few percent."""
+BETTER = "Better beyond doubt than production, which a refusal would serve; but:"
+"""Of a provisional promotion, before what would refuse another candidate."""
 CANDIDATE, WALK, PRODUCTION = "candidate", "random walk", "production"
 
 Row = dict[str, str | float]
@@ -411,15 +413,17 @@ def _compare(evidence: Evidence, scores: dict[str, Array], rule: Rule, found: _F
         return
     objections = {each.opponent: _objection(each, evidence, rule) for each in found.pairings}
     found.notes += _thin(found.pairings, objections)
-    cautious, slices = _cautious(found.intervals), found.slices
-    if _is_better(evidence, found.pairings):
-        taken_back = _take_back(found.pairings, objections) + cautious
-        found.notes, found.provisional = found.notes + taken_back, bool(taken_back)
-        cautious, slices = [], [each for each in slices if each.opponent != WALK]
-    found.problems += [each for each in objections.values() if each]
-    found.problems += _implausible(found.pairings, scores)
-    found.problems += _overconfident(found.intervals) + cautious
-    found.problems += _worse_slices(slices)
+    against_walk = [each for each in found.slices if each.opponent == WALK]
+    against_production = [each for each in found.slices if each.opponent == PRODUCTION]
+    lesser = [each for each in objections.values() if each]
+    lesser += _cautious(found.intervals) + _worse_slices(against_walk)
+    grave = _implausible(found.pairings, scores) + _overconfident(found.intervals)
+    grave += _worse_slices(against_production)
+    if grave or found.problems or not _is_better(evidence, found.pairings):
+        found.problems += lesser + grave
+    elif lesser:
+        found.provisional = True
+        found.notes += [BETTER, *lesser]
     found.table += _table(evidence, scores, lag)
 
 
@@ -482,11 +486,8 @@ def _objection(pairing: Pairing, evidence: Evidence, rule: Rule) -> str:
             f"Not shown to be better than the model in production: {figures}, below zero is "
             "needed of a candidate that has learned from no later days."
         )
-    return f"Not shown to be as good as {_called(name)}: {figures}, at most {limit:+.2%} allowed."
-
-
-def _called(opponent: str) -> str:
-    return {PRODUCTION: "the model in production", WALK: "the random walk"}.get(opponent, opponent)
+    opponent = {PRODUCTION: "the model in production", WALK: "the random walk"}.get(name, name)
+    return f"Not shown to be as good as {opponent}: {figures}, at most {limit:+.2%} allowed."
 
 
 def _thin(pairings: list[Pairing], objections: dict[str, str]) -> list[str]:
@@ -508,19 +509,6 @@ def _is_better(evidence: Evidence, pairings: list[Pairing]) -> bool:
     return bool(evidence.served.all()) and any(
         each.opponent == PRODUCTION and each.upper < 0.0 for each in pairings
     )
-
-
-def _take_back(pairings: list[Pairing], objections: dict[str, str]) -> list[str]:
-    """Take all objections back, and say so."""
-    notes = [
-        f"It is not shown to be as good as {_called(each.opponent)} ({each.relative:+.2%}, bound "
-        f"{each.upper:+.2%}); it passes as better beyond doubt than production, which a refusal "
-        "would serve."
-        for each in pairings
-        if objections[each.opponent]
-    ]
-    objections.update(dict.fromkeys(objections, ""))
-    return notes
 
 
 def _implausible(pairings: list[Pairing], scores: dict[str, Array]) -> list[str]:

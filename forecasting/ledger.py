@@ -14,7 +14,7 @@ from itertools import takewhile
 from sqlalchemy import Connection, Engine, insert, select, update
 
 from forecasting import audit
-from forecasting.events import ModelAged
+from forecasting.events import ModelAged, ModelProvisional
 from forecasting.sessions import count_sessions, exchange_day
 from forecasting.settings import Clock, Settings
 from forecasting.store import exclude_writers, now, retrains
@@ -25,11 +25,11 @@ LOST_AFTER = timedelta(hours=5)
 """A retrain that runs longer was killed: the timeouts of its steps add up to less than four."""
 WEEK = timedelta(days=7)
 FIRST_WAIT = 20
-"""Trading days until age asks for the first time, where there is no cooldown."""
+"""Trading days until age, or a provisional version, asks first, where there is no cooldown."""
 MOST_DOUBLINGS = 3
-"""Of the cooldown, after refusals in a row."""
+"""Of a provisional version's wait, where age asks for nothing."""
 KEPT_FOR_ALARMS = 2
-"""Runs of a week's budget that age does not take, if it is larger."""
+"""Runs of a week's budget, if it is larger, that are taken by alarms only, not by the calendar."""
 
 
 @dataclass(frozen=True)
@@ -196,35 +196,48 @@ def wait_for_age(settings: Settings, row: int) -> int:
     return max(cooldown, min(most, (cooldown or FIRST_WAIT) << min(row, most.bit_length())))
 
 
-def last_refused(engine: Engine, symbol: str) -> tuple[date | None, int]:
-    """Market day of the newest retrain that came to something, and how many were refused in a row.
+def last_retrain(engine: Engine, symbol: str) -> tuple[date | None, int]:
+    """Market day of the newest retrain that came to something, and how many in a row came to no
+    other version.
 
     Args:
         engine: from `store.open_engine`.
         symbol: as in `claim`.
 
     Returns:
-        (day, None without any; refused ones since the last that was not).
+        (day, None without any; refused and unchanged ones since the last promotion).
     """
     came_to = (retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED))
     query = select(retrains.c.as_of, retrains.c.state).where(*came_to)
     newest_first = query.order_by(retrains.c.as_of.desc(), retrains.c.created_at.desc())
     with engine.connect() as connection:
         lines = connection.execute(newest_first).all()
-    row = len(list(takewhile(lambda line: line.state == "refused", lines)))
-    return (lines[0].as_of if lines else None), row
+    in_vain = takewhile(lambda line: line.state in ("refused", "unchanged"), lines)
+    return (lines[0].as_of if lines else None), len(list(in_vain))
 
 
-def wait_after_refusals(settings: Settings, row: int) -> int:
+def wait_if_provisional(settings: Settings, row: int) -> int:
     """Trading days after the newest retrain on which a provisional version asks for the next one.
 
-    A cooldown, and twice as long for each that was refused in a row, up to `MOST_DOUBLINGS`.
+    A cooldown, and twice as long for each in a row that came to no other version; no longer than
+    age would wait at most.
+
+    Args:
+        settings: cooldown, and the most days.
+        row: retrains in a row that came to no other version.
     """
-    return (settings.retrain_cooldown_days or FIRST_WAIT) << min(row, MOST_DOUBLINGS)
+    cooldown = settings.retrain_cooldown_days
+    first = cooldown or FIRST_WAIT
+    most = settings.retrain_after_days or first << MOST_DOUBLINGS
+    return max(cooldown, min(most, first << min(row, most.bit_length())))
 
 
 def _of_age(trigger: str) -> bool:
     return trigger.startswith(ModelAged.name)
+
+
+def _is_no_alarm(trigger: str) -> bool:
+    return trigger.startswith((ModelAged.name, ModelProvisional.name))
 
 
 def close(
@@ -359,10 +372,10 @@ def _cooling(request: _Request, lines: Sequence[_Line]) -> str:
 def _runs_spent(request: _Request, lines: Sequence[_Line]) -> str:
     started = [line for line in lines if line.state != "rolled-back" and request.same_week(line)]
     runs, most = {line.flow_run_id for line in started}, request.limits.runs
-    allowed = max(1, most - KEPT_FOR_ALARMS) if _of_age(request.trigger) else most
+    allowed = max(1, most - KEPT_FOR_ALARMS) if _is_no_alarm(request.trigger) else most
     if not most or len(runs) < allowed:
         return ""
-    kept = f", of which age leaves {most - allowed} to alarms" if allowed < most else ""
+    kept = f", of which {most - allowed} are kept for alarms" if allowed < most else ""
     return (
         f"{len(runs)} retrains were started within a week; the budget is {most}{kept} "
         "(PERENNIAL_RETRAIN_BUDGET_RUNS)."

@@ -10,9 +10,6 @@ bets that the CRPS is worse than the walk's, and bets that the 80 % interval hol
 much and the walk's does not, each one day ahead and at the longest horizon. They are averaged, and
 the mean counts once it reaches 1 / alpha. Intervals that are too narrow cost little CRPS: the
 second bet finds them first.
-
-A version that the gate let in only because the one before was worse beyond doubt is provisional: it
-counts as degraded until its own newest scores are no worse than the walk's.
 """
 
 from collections.abc import Iterator
@@ -152,7 +149,6 @@ class Performance:
         evidence: largest e-value so far of the mean of all bets; 1 says nothing.
         alpha: probability of a false alarm in the whole watch.
         found_on: day on which the evidence reached 1 / alpha, if it did.
-        provisional: whether the gate let the version in only because the one before was worse.
         rolling: scores of the newest `ROLLING` days, one a horizon.
         bets: as they stand.
     """
@@ -166,20 +162,18 @@ class Performance:
     evidence: float
     alpha: float
     found_on: date | None
-    provisional: bool
     rolling: tuple[Scores, ...]
     bets: tuple[Bet, ...]
 
     @property
     def degraded(self) -> bool:
-        """Whether the version is worse than it should be, beyond the odds of chance; or provisional
-        and not known yet to be good after all."""
-        doubtful = self.provisional and self.strongest is not None and not self.as_good_as_walk
-        return self.found_on is not None or doubtful
+        """Whether the version is worse than it should be, beyond the odds of chance."""
+        return self.found_on is not None
 
     @property
     def as_good_as_walk(self) -> bool:
-        """Whether the newest `ROLLING` days say so, one day ahead and at the longest horizon."""
+        """Whether the means of the newest `ROLLING` days are, one day ahead and at the longest
+        horizon; it says so of an equal one on every other day. False on fewer days."""
         told = [*self.rolling[:1], *self.rolling[-1:]]
         return bool(told) and all(each.days >= ROLLING and each.over_walk <= 0.0 for each in told)
 
@@ -223,7 +217,6 @@ class Performance:
             as_of=self.as_of,
             forecaster=self.forecaster,
             version=self.version,
-            provisional=self.provisional,
             against=WALK,
             since=self.since,
             days=strongest.days,
@@ -234,19 +227,13 @@ class Performance:
             evidence=self.evidence,
         )
 
-    @property
-    def _word(self) -> str:
-        if self.found_on is None and self.degraded:
-            return "Provisional, and not yet as good as the random walk"
-        return "Degraded" if self.degraded else "Not degraded"
-
     def summary(self) -> str:
         """One sentence for logs and reports."""
         strongest = self.strongest
         if strongest is None:
             return f"Performance of version {self.version}: no forecast has its label yet."
         told = (
-            f"{self._word}: evidence {self.evidence:.3g} of "
+            f"{'Degraded' if self.degraded else 'Not degraded'}: evidence {self.evidence:.3g} of "
             f"{1 / self.alpha:.3g} after {self.days} days of version {self.version}"
         )
         if strongest.claim == "crps":
@@ -266,7 +253,6 @@ def look(
     alpha: float,
     *,
     since: date | None = None,
-    provisional: bool = False,
 ) -> Performance:
     """Score a version by the prediction log, and test whether it has degraded.
 
@@ -279,24 +265,16 @@ def look(
         as_of: labels after this day are not looked at, whatever the frame holds.
         alpha: probability of a false alarm in the whole watch, in (0, 1).
         since: only forecasts from this origin on, such as the day the version was trained on.
-        provisional: whether the gate let it in only because the one before was worse.
 
     Returns:
         What the days say; without any forecast that can be scored nothing is degraded.
     """
     logged = read_log(engine, symbol, forecaster, version, frame, as_of, since=since)
-    return judge(logged, symbol, forecaster, version, as_of, alpha, provisional=provisional)
+    return judge(logged, symbol, forecaster, version, as_of, alpha)
 
 
 def judge(
-    logged: Logged,
-    symbol: str,
-    forecaster: str,
-    version: int,
-    as_of: date,
-    alpha: float,
-    *,
-    provisional: bool = False,
+    logged: Logged, symbol: str, forecaster: str, version: int, as_of: date, alpha: float
 ) -> Performance:
     """What `look` says of forecasts that were read before; arguments as there."""
     bets, days, wealth = place_bets(logged)
@@ -311,7 +289,6 @@ def judge(
         evidence=float(wealth.max(initial=1.0)),
         alpha=alpha,
         found_on=_day(reached[0]) if len(reached) else None,
-        provisional=provisional,
         rolling=tuple(_scores(logged, step, as_of) for step in range(logged.returns.shape[1])),
         bets=bets,
     )

@@ -19,7 +19,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from forecasting import metrics, outcomes
 from forecasting.costs import WHOLE
-from forecasting.events import RETRAINING, DriftDetected, Outgoing, PerformanceDegraded
+from forecasting.events import (
+    RETRAINING,
+    DriftDetected,
+    ModelProvisional,
+    Outgoing,
+    PerformanceDegraded,
+)
 from forecasting.metrics import BASIS_POINTS, Array
 from forecasting.store import costs, now, outbox, probations, retrains
 
@@ -66,7 +72,8 @@ class Policy:
         return f"{heard[0].name} {heard[0].id}" if heard else ""
 
 
-_ON_DRIFT, _ON_PERFORMANCE = frozenset({DriftDetected.name}), frozenset({PerformanceDegraded.name})
+_ON_DRIFT = frozenset({DriftDetected.name})
+_ON_PERFORMANCE = frozenset({PerformanceDegraded.name, ModelProvisional.name})
 POLICIES = {
     policy.name: policy
     for policy in (

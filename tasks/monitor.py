@@ -1,7 +1,7 @@
 """Steps of monitoring: join late labels, compare with the training reference, tell, alarm."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from forecasting.drift import DriftVerdict, Reference, Snapshot
 from forecasting.errors import HistoryError, RegistryError
 from forecasting.performance import Performance
 from forecasting.predictions import ANSWERS
-from forecasting.registry import PRODUCTION, Registry
+from forecasting.registry import PRODUCTION, PROVISIONAL_TAG, Registry
 from forecasting.sessions import count_sessions, sessions_between
 from forecasting.settings import Settings
 from forecasting.store import checks, now
@@ -48,6 +48,11 @@ def production_contract(registry: Registry, forecaster: str) -> tuple[int, Contr
     with tempfile.TemporaryDirectory() as folder:
         registry.download(forecaster, version, Path(folder) / "model")
         return version, read_contract(Path(folder) / "model")
+
+
+def is_provisional(registry: Registry, contract: Contract, version: int) -> bool:
+    """Whether the gate let the version in only because the one before was worse beyond doubt."""
+    return registry.version(contract.forecaster, version).tags.get(PROVISIONAL_TAG) == "true"
 
 
 def last_check(engine: Engine, symbol: str) -> date | None:
@@ -316,12 +321,9 @@ def alarm_aged(
 ) -> UUID | None:
     """Write an event into the outbox, once a session `day` and version, if the last retrain is long
     enough ago (`ledger.wait_for_age`); its id. Symbols that share a forecaster share it."""
-    whose = symbol if len(contract.symbols) == 1 else contract.forecaster
-    last, row = ledger.last_asked(engine, whose)
-    if last is None or contract.as_of > last:  # trained by hand since then
-        last, row = contract.as_of, 0
+    last, row = _since(contract, ledger.last_asked(engine, _whose(contract, symbol)))
     days, wait = count_sessions(last, day), ledger.wait_for_age(settings, row)
-    if not wait or days < wait or _alarmed(engine, contract, version, {day, as_of}):
+    if not wait or days < wait or _alarmed(engine, contract, version, day, as_of):
         return None
     return events.put_once(
         engine,
@@ -338,13 +340,52 @@ def alarm_aged(
     )
 
 
-def _alarmed(engine: Engine, contract: Contract, version: int, days: Iterable[date]) -> bool:
+@task(name="alarm-provisional", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def alarm_provisional(
+    settings: Settings, engine: Engine, contract: Contract, version: int, symbol: str, day: date
+) -> UUID | None:
+    """Write an event into the outbox, once a session `day` and version, if the last retrain is long
+    enough ago (`ledger.wait_if_provisional`); its id. Symbols that share a forecaster share it."""
+    last, row = _since(contract, ledger.last_retrain(engine, _whose(contract, symbol)))
+    days, wait = count_sessions(last, day), ledger.wait_if_provisional(settings, row)
+    if days < wait:
+        return None
+    return events.put_once(
+        engine,
+        events.ModelProvisional(
+            symbol=symbol,
+            as_of=day,
+            forecaster=contract.forecaster,
+            version=version,
+            since=last,
+            days=days,
+            wait=wait,
+            refused=row,
+        ),
+        same=f"{day} {contract.forecaster} {version}",
+    )
+
+
+def _whose(contract: Contract, symbol: str) -> str:
+    """How the ledger calls a forecaster: by its only symbol, or by its name."""
+    return symbol if len(contract.symbols) == 1 else contract.forecaster
+
+
+def _since(contract: Contract, asked: tuple[date | None, int]) -> tuple[date, int]:
+    """From when a wait counts, and the retrains that it grows with: none before the version's own
+    training, be it by hand."""
+    last, row = asked
+    return (contract.as_of, 0) if last is None or contract.as_of > last else (last, row)
+
+
+def _alarmed(engine: Engine, contract: Contract, version: int, day: date, as_of: date) -> bool:
     """Whether another symbol of the forecaster has asked for a retrain already: drift is told of a
     session, degraded forecasts of the day of the look, which may be one without trading."""
+    days = [day + timedelta(days=each) for each in range((as_of - day).days + 1)]
     with engine.connect() as connection:
         return any(
-            events.was_put(connection, kind, f"{symbol} {day} {contract.forecaster} {version}")
+            events.was_put(connection, kind, f"{symbol} {each} {contract.forecaster} {version}")
             for symbol in contract.symbols
-            for day in days
+            for each in days
             for kind in (events.DriftDetected, events.PerformanceDegraded)
         )

@@ -15,16 +15,15 @@ from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import backtest, datasets, events, ledger, performance, prices, served
+from forecasting import backtest, datasets, events, performance, prices, served
 from forecasting.contract import Contract
 from forecasting.drift import DriftVerdict
 from forecasting.errors import ContractError, HistoryError, ModelError
 from forecasting.inference import Forecaster
 from forecasting.metrics import Array
 from forecasting.performance import Logged, Performance
-from forecasting.registry import PROVISIONAL_TAG, Registry
+from forecasting.registry import Registry
 from forecasting.served import PredictionDrift, Traffic
-from forecasting.sessions import count_sessions
 from forecasting.settings import Settings
 from forecasting.store import now, scores
 from forecasting.windows import make_windows
@@ -69,7 +68,6 @@ class Served(NamedTuple):
 @task(name="score-forecasts", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
 def score_forecasts(
     settings: Settings,
-    registry: Registry,
     engine: Engine,
     contract: Contract,
     version: int,
@@ -82,9 +80,7 @@ def score_forecasts(
     of = (symbol, contract.forecaster, version)
     logged = performance.read_log(engine, *of, frame, as_of, since=contract.as_of)
     alpha = settings.performance_alpha / len(contract.symbols)  # each symbol is a watch of its own
-    tags = registry.version(contract.forecaster, version).tags
-    provisional = tags.get(PROVISIONAL_TAG) == "true"
-    found = performance.judge(logged, *of, as_of, alpha, provisional=provisional)
+    found = performance.judge(logged, *of, as_of, alpha)
     if found.rolling:
         create_table_artifact(found.table(), key="performance", description=found.summary())
     get_run_logger().info(found.summary())
@@ -180,19 +176,10 @@ def _drift_scores(verdict: DriftVerdict) -> dict[tuple[str, int], float]:
 
 
 @task(name="alarm-degraded", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
-def alarm_degraded(
-    settings: Settings, engine: Engine, contract: Contract, found: Performance
-) -> UUID | None:
+def alarm_degraded(engine: Engine, found: Performance) -> UUID:
     """Write the event into the outbox, once a day and version; its id.
 
-    As with drift, what a cooldown skipped is asked for again while it holds. A version that is
-    provisional and nothing worse waits longer after refusals (`ledger.wait_after_refusals`).
+    As with drift, what a cooldown skipped is asked for again while it holds.
     """
-    if found.found_on is None:
-        whose = found.symbol if len(contract.symbols) == 1 else contract.forecaster
-        last, row = ledger.last_refused(engine, whose)
-        wait = ledger.wait_after_refusals(settings, row)
-        if last is not None and count_sessions(last, found.as_of) < wait:
-            return None
     same = f"{found.symbol} {found.as_of} {found.forecaster} {found.version}"
     return events.put_once(engine, found.event(), same=same)

@@ -53,6 +53,7 @@ from forecasting.events import (
     DriftDetected,
     ModelAged,
     ModelCondemned,
+    ModelProvisional,
     ModelRolledBack,
     ModelUnservable,
     PerformanceDegraded,
@@ -263,7 +264,7 @@ def test_every_symbols_drift_and_nothing_else_starts_a_retrain(
         )
 
     assert trigger.covers(event(drift.name, drift.resource))
-    for asked in (PerformanceDegraded, ModelAged):
+    for asked in (PerformanceDegraded, ModelProvisional, ModelAged):
         assert trigger.covers(event(asked.name, drift.resource))
     assert not trigger.covers(event(drift.name, "somebody.elses.symbol.GOOG"))
     assert not trigger.covers(event("perennial.drift.denied", drift.resource))
@@ -439,6 +440,19 @@ def aged() -> ModelAged:
     )
 
 
+def provisional() -> ModelProvisional:
+    return ModelProvisional(
+        symbol="IBM",
+        as_of=date(2008, 10, 28),
+        forecaster="perennial-ibm",
+        version=2,
+        since=date(2008, 9, 29),
+        days=21,
+        wait=20,
+        refused=0,
+    )
+
+
 def runs_of(client: SyncPrefectClient, deployment: UUID) -> list[FlowRun]:
     wanted = DeploymentFilter(id=DeploymentFilterId(any_=[deployment]))
     return client.read_flow_runs(deployment_filter=wanted, limit=200)
@@ -450,12 +464,12 @@ def test_events_start_runs_with_typed_parameters(
     apply(client, load_settings())
     day = date(2008, 10, 24)
     new = DataUpdated(symbols=("GOOG", "IBM"), as_of=day, dataset_md5="d" * 32)
-    put_all(settings, [degraded(), aged(), new, condemned()])
+    put_all(settings, [degraded(), aged(), provisional(), new, condemned()])
     retrained = until(
-        lambda: (found := runs_of(client, targets.retrain))[1:] and found, "two retrains"
+        lambda: (found := runs_of(client, targets.retrain))[2:] and found, "three retrains"
     )
     asked_for = sorted((run.parameters["symbol"], run.parameters["as_of"]) for run in retrained)
-    assert asked_for == [("AAPL", "2008-10-27"), ("GOOG", str(day))]
+    assert asked_for == [("AAPL", "2008-10-27"), ("GOOG", str(day)), ("IBM", "2008-10-28")]
     (round_,) = until(lambda: runs_of(client, targets.daily), "a daily round")
     assert round_.parameters == {"symbols": ["GOOG", "IBM"], "as_of": str(day)}
     (asked,) = until(lambda: runs_of(client, targets.rollback), "a rollback")

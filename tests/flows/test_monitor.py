@@ -21,8 +21,9 @@ from forecasting import datasets, events, ledger, outcomes
 from forecasting.contract import QUANTILE_LEVELS
 from forecasting.drift import FEATURES, SHIFT
 from forecasting.errors import HistoryError, RegistryError
-from forecasting.events import DriftDetected, ModelAged
+from forecasting.events import DriftDetected, ModelAged, ModelProvisional
 from forecasting.predictions import Spool
+from forecasting.registry import PROVISIONAL_TAG, open_registry
 from forecasting.sessions import sessions_after, sessions_between
 from forecasting.settings import Settings
 from forecasting.store import checks, engine_of, outbox, scores
@@ -395,6 +396,67 @@ def test_age_is_silent_where_there_is_an_alarm_or_nobody_is_told(ageing):
     made_up = monitor(symbol="GOOG", as_of=CALM, since=CALM - timedelta(days=7), alarms=False)
     assert (made_up.drifted, made_up.aged_event_id) == (False, None)
     assert asked_for_age(ageing) == []
+
+
+@pytest.fixture
+def provisional(ageing: Settings) -> Iterator[Settings]:
+    """As `ageing`; the gate let the version in only because the one before was worse."""
+    registry = open_registry(ageing)
+    registry.tag_version(NAME, 1, {PROVISIONAL_TAG: "true"})
+    yield ageing
+    registry.tag_version(NAME, 1, {PROVISIONAL_TAG: "false"})
+
+
+def test_a_provisional_version_asks_after_a_cooldown_then_later_for_each_refusal(provisional):
+    start, days = datetime.now(UTC), sessions_after(TRAINED, 61)
+    plant(provisional, 1.3, days[0], days[60])
+    soon = monitor(symbol="GOOG", as_of=days[18])
+    assert (soon.provisional, soon.degraded) == (True, False)
+    assert (soon.provisional_event_id, soon.aged_event_id) == (None, None)
+    told = monitor(symbol="GOOG", as_of=days[19])
+    assert told.aged_event_id is None
+    (event,) = delivered(told.provisional_event_id, start)
+    assert event["event"] == "perennial.model.provisional"
+    assert event["resource"]["prefect.resource.id"] == "perennial.symbol.GOOG"
+    assert event["payload"] == {
+        "schema": 1,
+        "symbol": "GOOG",
+        "as_of": days[19].isoformat(),
+        "forecaster": NAME,
+        "version": 1,
+        "since": TRAINED.isoformat(),
+        "days": 20,
+        "wait": 20,
+        "refused": 0,
+    }
+    retrained(provisional, days[20], f"{ModelProvisional.name} {told.provisional_event_id}")
+    waits = monitor(symbol="GOOG", as_of=days[59])
+    assert (waits.provisional, waits.provisional_event_id, waits.aged_event_id) == (
+        True,
+        None,
+        None,
+    )
+    assert monitor(symbol="GOOG", as_of=days[60]).provisional_event_id is not None
+    last = rows_of(provisional, outbox, "occurred_at")[-1]["payload"]
+    assert (last["since"], last["wait"], last["refused"]) == (days[20].isoformat(), 40, 1)
+    assert asked_for_age(provisional) == []
+
+
+def test_one_that_degrades_beyond_doubt_does_not_wait(provisional):
+    days = sessions_after(TRAINED, 61)
+    plant(provisional, 0.25, days[0], days[60])
+    retrained(provisional, days[40], "an alarm")
+    seen = monitor(symbol="GOOG", as_of=days[60])
+    assert (seen.degraded, seen.provisional_event_id) == (True, None)
+    assert seen.degraded_event_id is not None
+
+
+def test_one_whose_newest_scores_are_as_good_as_the_walks_is_provisional_no_more(provisional):
+    days = sessions_after(TRAINED, 100)
+    plant(provisional, 0.7, days[0], days[99])
+    early, late = (monitor(symbol="GOOG", as_of=days[number]) for number in (40, 99))
+    assert (early.provisional, late.provisional) == (True, False)
+    assert late.provisional_event_id is None
 
 
 def test_every_score_is_kept_as_a_series_and_shown(settings):

@@ -15,6 +15,7 @@ from flows.retrain import retrain
 from flows.rollback import rollback
 from flows.train import TrainResult
 from forecasting.errors import HistoryError, ServiceError
+from forecasting.gate import BETTER
 from forecasting.registry import PRODUCTION, open_registry
 from forecasting.sessions import sessions_between
 from forecasting.settings import Settings
@@ -183,7 +184,7 @@ def test_a_provisional_promotion_is_told_of_until_a_better_one_comes(tmp_path):
     with configured(tmp_path, **strict):
         result = retrain(symbol="GOOG", as_of=day, trigger="provisional")
         assert result.outcome == "promoted", result.reasons
-        assert "it passes as better beyond doubt than production" in result.reasons[0]
+        assert BETTER in result.reasons[0]
         assert open_registry(settings).version(NAME, result.version).tags["provisional"] == "true"
         ingest(["GOOG"], as_of=later)
         for origin in (sessions := sessions_between(day, later)):
@@ -191,8 +192,8 @@ def test_a_provisional_promotion_is_told_of_until_a_better_one_comes(tmp_path):
         soon = monitor(symbol="GOOG", as_of=sessions[19])
         seen = monitor(symbol="GOOG", as_of=later)
     assert len(sessions) == 21, "a cooldown"
-    assert (soon.degraded, soon.degraded_event_id, soon.aged_event_id) == (True, None, None)
-    assert seen.degraded
-    assert seen.performance.startswith("Provisional, and not yet as good as the random walk")
-    told = [row for row in rows_of(settings, outbox) if row["id"] == str(seen.degraded_event_id)]
-    assert [row["payload"]["provisional"] for row in told] == [True]
+    assert (soon.provisional, soon.provisional_event_id) == (True, None)
+    told = [row for row in rows_of(settings, outbox) if row["id"] == str(seen.provisional_event_id)]
+    assert [(row["name"], row["payload"]["version"]) for row in told] == [
+        ("perennial.model.provisional", 2)
+    ]

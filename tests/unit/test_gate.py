@@ -9,6 +9,7 @@ import pytest
 
 from forecasting.contract import QUANTILE_LEVELS
 from forecasting.gate import (
+    BETTER,
     CANDIDATE,
     IMPLAUSIBLE,
     PRODUCTION,
@@ -225,10 +226,10 @@ def test_what_is_better_beyond_doubt_replaces_production():
     verdict = decide(noisy(1.05), production=WALKED * 1.15)
     assert verdict.promote
     assert verdict.provisional
-    walk, classical = verdict.notes
-    assert walk.startswith("It is not shown to be as good as the random walk (+4.92%, bound +5.")
-    assert walk.endswith("which a refusal would serve.")
-    assert "HAR" in classical
+    better, walk, classical = verdict.notes
+    assert better == BETTER
+    assert walk.startswith("Not shown to be as good as the random walk: mean CRPS ")
+    assert classical.startswith("Not shown to be as good as HAR: ")
     assert walk in verdict.summary()
     assert verdict.summary().startswith("Promoted provisionally: CRPS ")
 
@@ -256,31 +257,41 @@ def test_symbols_that_production_does_not_serve_would_get_a_first_model():
     assert verdict.notes == ()
 
 
-def test_slices_are_those_against_production_then():
+def test_a_slice_that_is_worse_than_the_walks_makes_it_provisional():
     calm = np.arange(WINDOWS) < 60
-    shape = np.where(calm, 1.10, 1.00)[:, None]
+    shape = np.where(calm, 1.05, 0.85)[:, None]
     slices = {"calm": calm, "volatile": ~calm}
-    verdict = decide(noisy(shape), production=WALKED * 1.15, slices=slices)
-    assert verdict.promote
-    production = WALKED * np.where(calm, 1.05, 1.60)[:, None]
-    (reason,) = decide(noisy(shape), production=production, slices=slices).reasons
-    assert reason.startswith("Worse than the production on the 60 days that are calm")
+    verdict = decide(noisy(shape), production=WALKED * 1.15, slices=slices, tolerance=0.1)
+    assert (verdict.promote, verdict.provisional) == (True, True)
+    assert [note.split(":")[0] for note in verdict.notes[1:]] == [
+        "Worse than the random walk on the 60 days that are calm"
+    ]
+    production = WALKED * np.where(calm, 1.0, 1.5)[:, None]
+    refused = decide(noisy(shape), production=production, slices=slices, tolerance=0.1)
+    assert [each.split(":")[0] for each in refused.reasons] == [
+        "Worse than the random walk on the 60 days that are calm",
+        "Worse than the production on the 60 days that are calm",
+    ]
 
 
 def test_width_is_paid_for_in_crps_then():
     wide = np.broadcast_to(0.06 * NORMAL, (WINDOWS, HORIZON, len(NORMAL)))
     verdict = decide(noisy(0.95), production=WALKED * 1.15, quantiles=wide)
-    assert verdict.promote
-    assert [note.split(":")[0] for note in verdict.notes] == ["Too cautious"]
+    assert (verdict.promote, verdict.provisional) == (True, True)
+    assert [note.split(":")[0] for note in verdict.notes[1:]] == ["Too cautious"]
     first = decide(noisy(0.95), quantiles=wide)
     assert [each.split(":")[0] for each in first.reasons] == ["Too cautious"]
 
 
-def test_other_faults_are_not_taken_back():
+def test_a_graver_fault_refuses_with_all_that_is_wrong():
     narrow = np.broadcast_to(0.01 * NORMAL, (WINDOWS, HORIZON, len(NORMAL)))
     verdict = decide(noisy(1.05), production=WALKED * 1.15, quantiles=narrow)
-    assert [each.split(":")[0] for each in verdict.reasons] == ["Overconfident"] * 2
-    assert not verdict.provisional
+    assert [each.split(":")[0] for each in verdict.reasons] == [
+        "Not shown to be as good as the random walk",
+        "Not shown to be as good as HAR",
+        *["Overconfident"] * 2,
+    ]
+    assert (verdict.provisional, verdict.notes) == (False, ())
 
 
 # --- thin evidence against the random walk -------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import Engine, select, update
 
 from forecasting import ledger
-from forecasting.events import ModelAged
+from forecasting.events import ModelAged, ModelProvisional
 from forecasting.ledger import WEEK, Entry, Limits
 from forecasting.sessions import sessions_after
 from forecasting.settings import Settings
@@ -141,26 +141,33 @@ def test_age_asks_after_a_cooldown_then_after_twice_the_time_each_up_to_the_most
     assert waits(retrain_cooldown_days=0) == [20, 40, 80, 126, 126, 126, 126]
 
 
-def test_refusals_in_a_row_make_a_provisional_version_wait_longer(engine):
-    assert ledger.last_refused(engine, "GOOG") == (None, 0)
-    days = [DAY, *sessions_after(DAY, 40)]
-    for number, (day, state) in enumerate(
-        [(0, "refused"), (10, "promoted"), (20, "refused"), (30, "refused"), (35, "failed")]
-    ):
-        entry = claim(engine, days[day], f"run {number}")
+def test_what_comes_to_no_other_version_makes_a_provisional_one_wait_longer(engine):
+    assert ledger.last_retrain(engine, "GOOG") == (None, 0)
+    days = [DAY, *sessions_after(DAY, 50)]
+    states = ["refused", "promoted", "refused", "unchanged", "failed", "rolled-back"]
+    rows = [(0, 1), (10, 0), (20, 1), (30, 2), (30, 2), (50, 0)]
+    for number, (state, row) in enumerate(zip(states, rows, strict=True)):
+        entry = claim(engine, days[10 * number], f"run {number}")
         ledger.close(engine, entry.id, state, "why")
-    assert not claim(engine, days[36], "another one's", symbol="IBM").skipped
-    assert ledger.last_refused(engine, "GOOG") == (days[30], 2)
-    waits = [ledger.wait_after_refusals(Settings(), row) for row in (0, 1, 2, 3, 50)]
-    assert waits == [20, 40, 80, 160, 160]
-    assert ledger.wait_after_refusals(Settings(retrain_cooldown_days=0), 1) == 40
+        assert not claim(engine, days[10 * number], "of another", symbol="IBM").skipped
+        assert ledger.last_retrain(engine, "GOOG") == (days[row[0]], row[1])
+
+    def waits(**changes: int) -> list[int]:
+        settings = Settings(**changes)
+        return [ledger.wait_if_provisional(settings, row) for row in (*range(5), 10**6)]
+
+    assert waits() == [20, 40, 80, 126, 126, 126]
+    assert waits(retrain_after_days=0) == [20, 40, 80, 160, 160, 160]
+    assert waits(retrain_cooldown_days=0) == waits()
+    assert waits(retrain_cooldown_days=200) == [200] * 6, "the ledger would skip it"
 
 
-def test_age_leaves_some_of_the_weeks_budget_to_alarms(engine):
-    age, limits = f"{ModelAged.name} an event", {"runs": 3, "cooldown_days": 0}
+@pytest.mark.parametrize("asking", [ModelAged, ModelProvisional])
+def test_the_calendar_leaves_some_of_the_weeks_budget_to_alarms(engine, asking):
+    age, limits = f"{asking.name} an event", {"runs": 3, "cooldown_days": 0}
     retrained(engine, trigger=age, **limits)
     held = claim(engine, run="another of age", symbol="IBM", trigger=age, **limits)
-    assert (held.skipped, "age leaves 2 to alarms" in held.reason) == (True, True)
+    assert (held.skipped, "2 are kept for alarms" in held.reason) == (True, True)
     for symbol in ("IBM", "MSFT"):
         retrained(engine, symbol=symbol, **limits)
     assert claim(engine, run="an alarm too many", symbol="AAPL", **limits).skipped

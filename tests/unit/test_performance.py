@@ -150,27 +150,25 @@ def test_a_good_version_is_not_found(engine, tmp_path, frame):
     assert row["over_walk"] == pytest.approx(row["crps_bp"] / row["walk_crps_bp"] - 1)
 
 
-def test_a_provisional_version_counts_as_degraded_until_it_is_as_good_as_the_walk(
-    engine, tmp_path, frame
-):
+def test_as_good_as_the_walk_are_only_enough_days_at_both_ends(engine, tmp_path, frame):
     log(engine, tmp_path, *(forecast(frame, origin) for origin in DAYS[300:480]))
-    assert not seen(engine, frame, DAYS[300], provisional=True).degraded, "nothing is known yet"
-    first = seen(engine, frame, DAYS[301], provisional=True)
-    assert first.degraded
-    assert (first.event().horizon, first.event().days) == (1, 1), "the farther bet has no day yet"
-    early = seen(engine, frame, DAYS[300 + ROLLING], provisional=True)
-    assert early.degraded
-    assert early.found_on is None
-    assert early.summary().startswith("Provisional, and not yet as good as the random walk: evid")
-    event = early.event()
-    assert event.provisional
-    assert event.evidence < 1 / ALPHA
-    told = {day: seen(engine, frame, day, provisional=True) for day in DAYS[365:480]}
-    for found in told.values():
+    assert not seen(engine, frame, DAYS[300 + ROLLING - 1]).as_good_as_walk
+    told = set()
+    for day in DAYS[365:480]:
+        found = seen(engine, frame, day)
         worse = [each.over_walk > 0 for each in (found.rolling[0], found.rolling[-1])]
-        assert found.degraded == any(worse)
-    assert {found.degraded for found in told.values()} == {True, False}
-    assert not seen(engine, frame, DAYS[300 + ROLLING]).degraded
+        assert found.as_good_as_walk == (not any(worse))
+        told.add(found.as_good_as_walk)
+    assert told == {True, False}
+
+
+def test_a_bet_that_no_day_has_settled_is_never_the_strongest(engine, tmp_path, frame):
+    log(engine, tmp_path, *(forecast(frame, origin) for origin in DAYS[300:310]))
+    assert seen(engine, frame, DAYS[300]).strongest is None, "nothing is known yet"
+    first = seen(engine, frame, DAYS[301])
+    assert {bet.horizon: bet.days for bet in first.bets} == {1: 1, 5: 0}
+    assert first.strongest.horizon == 1
+    assert np.isfinite(first.event().crps_bp)
 
 
 def test_forecasts_before_the_version_knew_its_data_can_be_left_out(engine, tmp_path, frame):
