@@ -21,7 +21,7 @@ from forecasting import datasets, events, ledger, outcomes
 from forecasting.contract import QUANTILE_LEVELS
 from forecasting.drift import FEATURES, SHIFT
 from forecasting.errors import HistoryError, RegistryError
-from forecasting.events import DriftDetected, ModelAged, ModelProvisional
+from forecasting.events import DriftDetected, ModelAged, ModelProvisional, PerformanceDegraded
 from forecasting.predictions import Spool
 from forecasting.registry import PROVISIONAL_TAG, open_registry
 from forecasting.sessions import sessions_after, sessions_between
@@ -396,6 +396,27 @@ def test_age_is_silent_where_there_is_an_alarm_or_nobody_is_told(ageing):
     made_up = monitor(symbol="GOOG", as_of=CALM, since=CALM - timedelta(days=7), alarms=False)
     assert (made_up.drifted, made_up.aged_event_id) == (False, None)
     assert asked_for_age(ageing) == []
+
+
+@pytest.mark.parametrize(("version", "asks"), [(1, False), (2, True)])
+def test_age_knows_of_an_alarm_that_was_told_on_a_day_without_trading(ageing, version, asks):
+    friday = next(day for day in sessions_after(TRAINED, 25)[19:] if day.weekday() == 4)
+    saturday, sunday = (friday + timedelta(days=each) for each in (1, 2))
+    told = PerformanceDegraded(
+        symbol="GOOG",
+        as_of=saturday,
+        forecaster=NAME,
+        version=version,
+        against="the walk",
+        since=TRAINED,
+        days=20,
+        crps_bp=2.0,
+        against_crps_bp=1.0,
+        evidence=100.0,
+    )
+    with engine_of(ageing.sql_url) as engine:
+        events.put_once(engine, told, same=f"GOOG {saturday} {NAME} {version}")
+    assert (monitor(symbol="GOOG", as_of=sunday).aged_event_id is not None) == asks
 
 
 @pytest.fixture

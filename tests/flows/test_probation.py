@@ -214,6 +214,18 @@ def test_a_version_that_a_person_keeps_stays_and_nobody_is_asked_again(
         rollback(NAME, version=1, watched="nothing")
 
 
+def test_a_rollback_that_nobody_answers_leaves_the_probation_open(settings, registry, engine):
+    promote(settings, registry, engine, 1, 2)
+    with configured(settings.home, approval=True, approval_hours=0.0001) as asked:
+        look_at(asked, registry, engine, SESSIONS[12])
+        (watched,) = probation.watching(engine, NAME)
+        assert rollback(NAME, watched=watched.id) is None
+    assert registry.alias(NAME, PRODUCTION) == 2
+    assert [each.state for each in probation.history(engine, NAME)] == ["watching"]
+    (line,) = [each for each in audit.read(engine) if each.kind == "approval"]
+    assert (line.who, line.details["approve"]) == ("nobody", False)
+
+
 def test_a_yes_to_an_older_question_does_not_overrule_a_no(settings, registry, engine):
     promote(settings, registry, engine, 1, 2)
     with configured(settings.home, approval=True) as asked:
