@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from itertools import takewhile
 
-from sqlalchemy import Connection, Engine, insert, select, update
+from sqlalchemy import Connection, Engine, Row, insert, select, update
 
 from forecasting import audit
 from forecasting.events import ModelAged, ModelProvisional
@@ -169,11 +169,7 @@ def last_asked(engine: Engine, symbol: str) -> tuple[date | None, int]:
         (day, a failed one's too, None without any; retrains that age asked for since the last one
         that something else did, failed ones left out).
     """
-    let_start = (retrains.c.symbol == symbol, retrains.c.state != "skipped")
-    query = select(retrains.c.as_of, retrains.c.state, retrains.c.trigger).where(*let_start)
-    newest_first = query.order_by(retrains.c.as_of.desc(), retrains.c.created_at.desc())
-    with engine.connect() as connection:
-        lines = connection.execute(newest_first).all()
+    lines = _let_start(engine, symbol)
     counted = [line.trigger for line in lines if line.state in COUNTED]
     row = len(list(takewhile(_of_age, counted)))
     return (lines[0].as_of if lines else None), row
@@ -207,11 +203,7 @@ def last_retrain(engine: Engine, symbol: str) -> tuple[date | None, int]:
     Returns:
         (day, None without any; refused and unchanged ones since the last promotion).
     """
-    came_to = (retrains.c.symbol == symbol, retrains.c.state.in_(COUNTED))
-    query = select(retrains.c.as_of, retrains.c.state).where(*came_to)
-    newest_first = query.order_by(retrains.c.as_of.desc(), retrains.c.created_at.desc())
-    with engine.connect() as connection:
-        lines = connection.execute(newest_first).all()
+    lines = [line for line in _let_start(engine, symbol) if line.state in COUNTED]
     in_vain = takewhile(lambda line: line.state in ("refused", "unchanged"), lines)
     return (lines[0].as_of if lines else None), len(list(in_vain))
 
@@ -230,6 +222,15 @@ def wait_if_provisional(settings: Settings, row: int) -> int:
     first = cooldown or FIRST_WAIT
     most = settings.retrain_after_days or first << MOST_DOUBLINGS
     return max(cooldown, min(most, first << min(row, most.bit_length())))
+
+
+def _let_start(engine: Engine, symbol: str) -> Sequence[Row[date, str, str]]:
+    """Day, state and trigger of every retrain that was let start, newest first."""
+    let_start = (retrains.c.symbol == symbol, retrains.c.state != "skipped")
+    query = select(retrains.c.as_of, retrains.c.state, retrains.c.trigger).where(*let_start)
+    newest_first = query.order_by(retrains.c.as_of.desc(), retrains.c.created_at.desc())
+    with engine.connect() as connection:
+        return connection.execute(newest_first).all()
 
 
 def _of_age(trigger: str) -> bool:

@@ -155,7 +155,8 @@ class Settings(BaseSettings):
         126,
         ge=0,
         description="Most trading days without a retrain though nothing alarms; the first comes a "
-        "cooldown after an alarm's, each next after twice the time; 0: none.",
+        "cooldown after an alarm's, each next after twice the time; 0: none. A provisional version "
+        "asks no later.",
     )
     retrain_budget_runs: int = Field(
         5, ge=0, description="Most retrains of all symbols that start in a week; 0: no limit."
