@@ -32,9 +32,9 @@ def crps(returns: Tensor, quantiles: Tensor) -> Tensor:
 
 @torch.no_grad()
 def crps_and_slope(
-    network: Network, corrections: Tensor, sigma: Tensor, returns: Tensor
+    network: Network, corrections: Tensor, sigma: Tensor, returns: Tensor, weight: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Mean CRPS in bp, and its gradient with respect to `corrections`.
+    """Mean CRPS in bp, and its gradient with respect to `corrections`, both times `weight`.
 
     The slope of a pinball loss is (error < 0) - level, by quantile; of a quantile it is `reach`
     times itself by its horizon's scale, and `TAIL_REACH` log |shape| times itself by the tails.
@@ -44,6 +44,7 @@ def crps_and_slope(
         corrections: [batch, horizon + 1], as `network.corrections` gave them.
         sigma: [batch, horizon].
         returns: [batch, horizon].
+        weight: of the batch.
 
     Returns:
         A number, and [batch, horizon + 1].
@@ -51,7 +52,7 @@ def crps_and_slope(
     quantiles = network.spread(sigma, corrections)
     error = returns.unsqueeze(-1) - quantiles
     slope = (error < 0).to(error.dtype) - _levels(error.dtype, error.device)
-    unit = 2 * BP / error.numel()
+    unit = 2 * BP * weight / error.numel()
     value = (slope * error).sum() * -unit
     slope.mul_(quantiles)
     by_scale = slope.sum(-1) * (network.reach * unit)

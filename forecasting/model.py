@@ -214,7 +214,6 @@ class _Training(LightningModule):
         self.order = torch.randperm(len(self.train_inputs.returns)).to(self.device)
         if self.global_rank:
             torch.manual_seed(seed + self.global_rank * 1_000_003)  # dropout of its own
-        self.shards.seed(seed)
         self.losses = []
 
     def training_step(self, batch: int, batch_idx: int) -> None:
@@ -238,12 +237,15 @@ class _Training(LightningModule):
             share = len(mine) * workers / len(rows)
             # where the last batch has fewer windows than there are workers, one counts for nothing
             mine = mine if share else rows[:1]
-        inputs, network = self.train_inputs, self.network
-        corrections = self.shards.corrections(inputs.features, mine)
-        sigma, returns = (each.index_select(0, mine) for each in (inputs.sigma, inputs.returns))
-        loss, slope = crps_and_slope(network, corrections, sigma, returns)
-        self.shards.backward(share * slope, self.manual_backward)
-        return share * loss
+        batch = self.train_inputs.take(mine)
+        corrections = self.shards.corrections(batch.features)
+        loss, slope = crps_and_slope(
+            self.network, corrections, batch.sigma, batch.returns, weight=share
+        )
+        # Lightning's own scales losses and tells workers of each other, for a tenth of a step
+        back = self.manual_backward if workers > 1 else Tensor.backward
+        self.shards.backward(slope, back)
+        return loss
 
     def on_train_epoch_end(self) -> None:
         score, epoch = self.score(), self.current_epoch + 1

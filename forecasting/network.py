@@ -139,11 +139,18 @@ class Network(nn.Module):
         Returns:
             [batch, horizon + 1]; None if it is off.
         """
-        if not self.switch:
-            return None
+        return self.answer(self.state(inputs)) if self.switch else None
+
+    def state(self, inputs: Tensor) -> Tensor:
+        """What the LSTM has made of the rows at the last of them, [batch, hidden]."""
         start = inputs.new_zeros(self.layers, inputs.shape[0], self.hidden)
-        states, _ = self.lstm(inputs, (start, start))
-        return torch.tanh(self.head(self.dropout(states[:, -1])))
+        last: Tensor
+        _, (last, _) = self.lstm(inputs, (start, start))
+        return last[-1]
+
+    def answer(self, state: Tensor) -> Tensor:
+        """The corrections, from `state`."""
+        return torch.tanh(self.head(self.dropout(state)))
 
     def spread(self, sigma: Tensor, corrections: Tensor | None) -> Tensor:
         """Quantiles of log returns [batch, horizon, levels] from sigma and `corrections`."""

@@ -1,10 +1,11 @@
 """The gradient of a batch, whose shards are worked on by threads at the same time.
 
 At a few dozen windows no operation of a batch is large enough for torch to spread it over cores,
-but half a batch is as much as a core likes. Each thread has a twin of the network: the same
-weights, but gradients and dropout of its own, so that nothing is written by two. The gradients are
-added in the order of the shards: the same numbers, however the threads run. Between the two passes
-they meet: what is left there is many small operations, for which they would queue.
+but half a batch is as much as a core likes. So the LSTM, which is most of a step, is shared: each
+thread has a twin of the network with the same weights, but gradients of its own, so that nothing is
+written by two. The gradients are added in the order of the shards: the same numbers, however the
+threads run. All else is many small operations, for which threads would queue: they are done here,
+for the whole batch.
 """
 
 import copy
@@ -14,13 +15,14 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from forecasting.network import Network
 
 T = TypeVar("T")
-_APART = 1_000_003
-"""Between the seeds of two shards' dropout."""
+_LEAD = 1.2
+"""What is done here, as a multiple of what a thread does: those begin once they have been woken,
+and one that is done before it is asked need not wake us."""
 
 
 class Shards:
@@ -37,41 +39,45 @@ class Shards:
         self._pool = pool
         self._networks = [network, *twins]
         self.gradient, *self._others = (_flat(each) for each in self._networks)
-        self._made: list[Tensor] = []
+        self._states: list[Tensor] = []
+        self._state = self._made = torch.empty(0)
 
-    def seed(self, seed: int) -> None:
-        """Seed the twins' dropout."""
-        for number, twin in enumerate(self._networks[1:], 1):
-            assert isinstance(twin.dropout, _Dropout)
-            twin.dropout.generator.manual_seed(seed + number * _APART)
-
-    def corrections(self, features: Tensor, rows: Tensor) -> Tensor:
-        """What the networks say of some rows of `features`; see `Network.corrections`."""
-        parts = torch.tensor_split(rows, len(self._networks))
-        jobs = [
-            partial(_corrections, network, features, part)
-            for network, part in zip(self._networks, parts, strict=True)
-            if len(part)
+    def corrections(self, inputs: Tensor) -> Tensor:
+        """What the network says of a batch; see `Network.corrections`."""
+        parts = [
+            part for part in torch.tensor_split(inputs, self._bounds(len(inputs))) if len(part)
         ]
-        self._made = self._together(jobs)
-        return torch.cat([each.detach() for each in self._made])
+        pairs = zip(self._networks, parts, strict=False)  # a small batch leaves some idle
+        self._states = self._together([partial(each.state, part) for each, part in pairs])
+        self._state = self._states[0]
+        if len(self._states) > 1:  # from here on one graph, which ends where theirs begin
+            self._state = torch.cat([each.detach() for each in self._states]).requires_grad_()
+        self._made = self._networks[0].answer(self._state)
+        return self._made.detach()
 
     def backward(self, slope: Tensor, own: Callable[[Tensor, Tensor], None]) -> None:
         """Set `gradient`.
 
         Args:
             slope: of the loss, along what `corrections` gave last.
-            own: backward pass on the network itself, from its corrections and their slope.
+            own: backward pass from the network's corrections and their slope.
         """
-        mine, *others = zip(
-            self._made, torch.split(slope, [len(each) for each in self._made]), strict=True
-        )
-        used = self._others[: len(others)]
+        used = self._others[: len(self._states) - 1]
         for gradient in (self.gradient, *used):
             gradient.zero_()
-        self._together([partial(own, *mine), *(partial(_backward, *each) for each in others)])
+        own(self._made, slope)
+        if used:
+            assert self._state.grad is not None
+            along = torch.split(self._state.grad, [len(each) for each in self._states])
+            pairs = zip(self._states, along, strict=True)
+            self._together([partial(each.backward, part) for each, part in pairs])
         for gradient in used:
             self.gradient.add_(gradient)
+
+    def _bounds(self, rows: int) -> list[int]:
+        """Where in a batch the second shard starts, and those after it."""
+        twins = len(self._networks) - 1
+        return [round(rows * (_LEAD + number) / (_LEAD + twins)) for number in range(twins)]
 
     def _together(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
         """Do the first here, the others in threads."""
@@ -89,16 +95,6 @@ def thread_pool(threads: int) -> ThreadPoolExecutor:
     )
 
 
-def _corrections(network: Network, features: Tensor, rows: Tensor) -> Tensor:
-    made = network.corrections(features.index_select(0, rows))
-    assert made is not None  # the LSTM is on in training
-    return made
-
-
-def _backward(made: Tensor, slope: Tensor) -> None:
-    made.backward(slope)  # type: ignore[no-untyped-call]
-
-
 def _flat(network: Network) -> Tensor:
     """Let the gradients of all parameters be views of one tensor."""
     parameters = list(network.parameters())
@@ -109,23 +105,8 @@ def _flat(network: Network) -> Tensor:
     return gradient
 
 
-class _Dropout(nn.Dropout):
-    """Dropout from a generator of its own; torch's one has the whole process's."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__(share)
-        self.generator = torch.Generator()
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Zeros in place of some, the others the larger for it."""
-        kept = 1 - self.p
-        mask = torch.empty_like(inputs).bernoulli_(kept, generator=self.generator)
-        return inputs * mask.div_(kept)
-
-
 def _twin(network: Network) -> Network:
     twin = copy.deepcopy(network)
     for mine, its in zip(twin.parameters(), network.parameters(), strict=True):
         mine.data = its.data
-    twin.dropout = _Dropout(network.dropout.p)
     return twin

@@ -37,11 +37,10 @@ def _gradient(network: Network, batch, rows: torch.Tensor, threads: int, seed: i
     with thread_pool(threads) as pool:
         torch.manual_seed(seed)
         shards = Shards(network, threads, pool)
-        shards.seed(seed)
-        corrections = shards.corrections(inputs, rows)
+        corrections = shards.corrections(inputs[rows])
         sigma = network.volatility(ohlcv)
         loss, slope = crps_and_slope(network, corrections, sigma[rows], returns[rows])
-        shards.backward(slope, lambda made, along: made.backward(along))
+        shards.backward(slope, torch.Tensor.backward)
         return loss, shards.gradient.clone()
 
 
@@ -56,12 +55,13 @@ def test_the_slope_is_what_autograd_makes_of_the_crps(network, batch):
     torch.testing.assert_close(loss, plain.detach())
     torch.testing.assert_close(slope, corrections.grad)
     assert float(slope.abs().min()) > 0
+    weighed = crps_and_slope(network, corrections, sigma, returns, weight=0.25)
+    torch.testing.assert_close(weighed, (loss / 4, slope / 4))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("rows", [64, 63, 2, 1])
 def test_threads_come_to_the_gradient_of_one(network, batch, threads, rows):
-    network.dropout.p = 0.0
     chosen = torch.arange(100, 100 + rows)
     loss, gradient = _gradient(network, batch, chosen, 1)
     shared_loss, shared = _gradient(network, batch, chosen, threads)
