@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import ray
+from ray._private.node import Node
 from ray.exceptions import RayError, RayTaskError
 
 from forecasting.errors import ConfigError, ServiceError, TrainingError
@@ -164,6 +165,8 @@ def _private(folder: Path, warm: Sequence[str]) -> dict[str, str]:
         "TMPDIR": str(folder),
         "RAY_AUTH_TOKEN": _token(),
         "RAY_preload_python_modules": ",".join((_WARM, *warm)),  # while the driver goes on
+        # or a worker that has imported for a second is ended as idle, and another started
+        "RAY_idle_worker_killing_time_threshold_ms": str(60 * 60 * 1000),
     }
 
 
@@ -176,14 +179,15 @@ def _token() -> str:
 def _start_ray(settings: Settings, folder: Path) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if not settings.ray_address:
-        ray.init(
-            address="local",
-            num_cpus=settings.concurrency,
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE,
-            _temp_dir=str(folder / "ray"),
-            **quiet,
-        )
+        with _bare():
+            ray.init(
+                address="local",
+                num_cpus=settings.concurrency,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE,
+                _temp_dir=str(folder / "ray"),
+                **quiet,
+            )
         return
     if settings.ray_address.startswith("ray://"):
         raise ConfigError(
@@ -206,6 +210,25 @@ def _start_ray(settings: Settings, folder: Path) -> None:
             f"No Ray cluster answers at {settings.ray_address}: {error}. "
             "Check PERENNIAL_RAY_ADDRESS or RAY_ADDRESS; empty means Ray in this process."
         ) from error
+
+
+@contextmanager
+def _bare() -> Iterator[None]:
+    """Ray without three processes that one of our own has no use for.
+
+    Without a dashboard it would start one for its makers' statistics, and wait for that one; the
+    autoscaler, which has no nodes to start here, takes a second to end; and what is read out of
+    logs for the driver is told to nobody.
+    """
+    left_out = ("start_api_server", "start_monitor", "start_log_monitor")
+    kept = {name: getattr(Node, name) for name in left_out}
+    for name in left_out:
+        setattr(Node, name, lambda self, **_: None)
+    try:
+        yield
+    finally:
+        for name, method in kept.items():
+            setattr(Node, name, method)
 
 
 def _knock(address: str) -> None:
