@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -143,8 +144,12 @@ def running(
 
 @contextmanager
 def _imported(names: Sequence[str]) -> Iterator[None]:
-    """Import modules in another thread, undisturbed by the garbage collector (see `warm`)."""
-    thread = threading.Thread(target=lambda: [import_module(name) for name in names], daemon=True)
+    """Import modules in another thread; the garbage collector never looks at them (see `warm`).
+
+    It would as the process ends, too, for half a second.
+    """
+    missing = [name for name in names if name not in sys.modules]
+    thread = threading.Thread(target=lambda: [import_module(name) for name in missing], daemon=True)
     collects = gc.isenabled()
     gc.disable()
     thread.start()
@@ -152,6 +157,8 @@ def _imported(names: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         thread.join()
+        if missing:
+            gc.freeze()
         if collects:
             gc.enable()
 
