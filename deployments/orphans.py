@@ -1,6 +1,7 @@
 """What a killed stack left running: a file in its home names it, and the next stack ends it."""
 
 import json
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -52,6 +53,7 @@ def end(home: Path) -> int:
             "give another PERENNIAL_HOME."
         )
     parents = [each for each in map(_found, told["started"]) if each is not None]
+    parents += _left_alone(told["started"])
     family = set(parents)
     for parent in parents:
         with suppress(psutil.NoSuchProcess):
@@ -66,6 +68,22 @@ def end(home: Path) -> int:
     psutil.wait_procs(alive, timeout=PATIENCE)
     forget(home)
     return len(family)
+
+
+def _left_alone(started: Iterable[dict[str, Any]]) -> list[psutil.Process]:
+    """What is left of sessions whose first process, a recorded one, is gone.
+
+    A stack gives each process a session, which bears its number; no other process is given that
+    one while there is anybody in the session.
+    """
+    gone = {told["pid"]: told["began"] for told in started if not psutil.pid_exists(told["pid"])}
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            began = gone.get(os.getsid(process.pid))
+            if began is not None and process.create_time() > began - SAME_SECONDS:
+                found.append(process)
+    return found
 
 
 def _told(process: psutil.Process) -> dict[str, Any]:
