@@ -1,8 +1,10 @@
-"""What a killed stack left running: a file in its home names it, and the next stack ends it."""
+"""What a killed stack left running: a file in its home tells the mark of all that it started.
+
+The mark is a variable of their environment, which their children have as well, flow runs too, whose
+parent may be gone.
+"""
 
 import json
-import os
-from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,20 +14,17 @@ import psutil
 from forecasting.errors import ConfigError
 
 FILE = "stack.json"
+MARK = "STARTED_BY_STACK"
 SAME_SECONDS = 2.0
 """How far apart two readings of a process's start may lie; a number is not given again so soon."""
 PATIENCE = 15.0
 """Seconds between asking to end and ending."""
 
 
-def record(home: Path, numbers: Iterable[int]) -> None:
-    """Write down this process and those that it started; the last word counts."""
-    started = []
-    for number in numbers:
-        with suppress(psutil.NoSuchProcess):
-            started.append(_told(psutil.Process(number)))
+def record(home: Path, mark: str) -> None:
+    """Write down this process, and the mark of those that it starts."""
     part = home / f"{FILE}.part"
-    part.write_text(json.dumps({"owner": _told(psutil.Process()), "started": started}))
+    part.write_text(json.dumps({"owner": _told(psutil.Process()), "mark": mark}))
     part.replace(home / FILE)
 
 
@@ -52,37 +51,30 @@ def end(home: Path) -> int:
             f"A stack of {home} runs already, as process {owner.pid}. Stop that one (Ctrl-C), or "
             "give another PERENNIAL_HOME."
         )
-    parents = [each for each in map(_found, told["started"]) if each is not None]
-    parents += _left_alone(told["started"])
-    family = set(parents)
-    for parent in parents:
-        with suppress(psutil.NoSuchProcess):
-            family.update(parent.children(recursive=True))
-    for parent in parents:
-        with suppress(psutil.NoSuchProcess):
-            parent.terminate()
-    _, alive = psutil.wait_procs(list(family), timeout=PATIENCE)
+    if not (mark := told.get("mark")):  # of a version that wrote down other things
+        return 0
+    family = _marked(mark)
+    for process in family:
+        with suppress(psutil.Error):
+            if process.parent() not in family:  # the others are ended by theirs
+                process.terminate()
+    _, left = psutil.wait_procs(family, timeout=PATIENCE)
+    alive = {*left, *_marked(mark)}
     for process in alive:
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(alive, timeout=PATIENCE)
     forget(home)
-    return len(family)
+    return len(family | alive)
 
 
-def _left_alone(started: Iterable[dict[str, Any]]) -> list[psutil.Process]:
-    """What is left of sessions whose first process, a recorded one, is gone.
-
-    A stack gives each process a session, which bears its number; no other process is given that
-    one while there is anybody in the session.
-    """
-    gone = {told["pid"]: told["began"] for told in started if not psutil.pid_exists(told["pid"])}
-    found = []
+def _marked(mark: str) -> set[psutil.Process]:
+    """All that have the mark, and their children: one that sets its title loses its environment."""
+    found = set()
     for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
-            began = gone.get(os.getsid(process.pid))
-            if began is not None and process.create_time() > began - SAME_SECONDS:
-                found.append(process)
+        with suppress(psutil.Error):  # somebody else's, or gone by now
+            if process.environ().get(MARK) == mark:
+                found.update({process, *process.children(recursive=True)})
     return found
 
 

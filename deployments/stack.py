@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from uuid import uuid4
 
 import httpx
 import psutil
@@ -86,6 +87,7 @@ class Stack:
     extra: Mapping[str, str] = field(default_factory=dict)
     inherit: bool = False
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict, init=False)
+    mark: str = field(default_factory=lambda: uuid4().hex, init=False)
 
     def __enter__(self) -> "Stack":
         return self
@@ -298,17 +300,17 @@ class Stack:
                     ) from error
 
     def _spawn(self, service: Service) -> None:
+        orphans.record(self.home, self.mark)
         with self.log(service.name).open("ab") as log:
             self.processes[service.name] = subprocess.Popen(
                 service.command,
-                env=self.environment(),
+                env=self.environment() | {orphans.MARK: self.mark},
                 cwd=self.home,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        orphans.record(self.home, (process.pid for process in self.processes.values()))
 
     def _require_alive(self, name: str) -> None:
         code = self.processes[name].poll()

@@ -44,7 +44,7 @@ def crps_and_slope(
         corrections: [batch, horizon + 1], as `network.corrections` gave them.
         sigma: [batch, horizon].
         returns: [batch, horizon].
-        weight: of the batch.
+        weight: what both are multiplied by.
 
     Returns:
         A number, and [batch, horizon + 1].

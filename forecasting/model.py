@@ -159,7 +159,7 @@ class _OneStep:
 class _Training(LightningModule):
     """Minimises the CRPS. The windows are here already, so what Lightning loops over are epochs.
 
-    One of its steps is all batches of an epoch (manual optimization): at two milliseconds a batch
+    One of its steps is all batches of an epoch (manual optimization): at a few milliseconds a batch
     its own loop over them would cost a fifth of the fit. Of several workers each takes its part of
     every batch, so that they walk the way of one.
 
@@ -242,7 +242,7 @@ class _Training(LightningModule):
         loss, slope = crps_and_slope(
             self.network, corrections, batch.sigma, batch.returns, weight=share
         )
-        # Lightning's own scales losses and tells workers of each other, for a tenth of a step
+        # Lightning's own costs a tenth of a step; in float32 it has only several workers to tell
         back = self.manual_backward if workers > 1 else Tensor.backward
         self.shards.backward(slope, back)
         return loss

@@ -144,9 +144,10 @@ def running(
 
 @contextmanager
 def _imported(names: Sequence[str]) -> Iterator[None]:
-    """Import modules in another thread; the garbage collector never looks at them (see `warm`).
+    """Import modules in another thread, undisturbed by the garbage collector (see `warm`).
 
-    It would as the process ends, too, for half a second.
+    If there were any to import, it does not look again at what there is by then: it would as the
+    process ends, too, for half a second.
     """
     missing = [name for name in names if name not in sys.modules]
     thread = threading.Thread(target=lambda: [import_module(name) for name in missing], daemon=True)
@@ -155,10 +156,11 @@ def _imported(names: Sequence[str]) -> Iterator[None]:
     thread.start()
     try:
         yield
-    finally:
         thread.join()
         if missing:
             gc.freeze()
+    finally:
+        thread.join()
         if collects:
             gc.enable()
 
@@ -228,9 +230,9 @@ def _bare() -> Iterator[None]:
     logs for the driver is told to nobody.
     """
     left_out = ("start_api_server", "start_monitor", "start_log_monitor")
-    kept = {name: getattr(Node, name) for name in left_out}
-    for name in left_out:
-        setattr(Node, name, lambda self, **_: None)
+    kept = {name: getattr(Node, name) for name in left_out if hasattr(Node, name)}
+    for name in kept:
+        setattr(Node, name, lambda self, *_, **__: None)
     try:
         yield
     finally:

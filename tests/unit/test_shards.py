@@ -1,5 +1,7 @@
 """A batch that threads share: the gradient of one thread, the same each time."""
 
+import copy
+
 import pytest
 import torch
 
@@ -68,6 +70,30 @@ def test_threads_come_to_the_gradient_of_one(network, batch, threads, rows):
     torch.testing.assert_close(shared_loss, loss)
     torch.testing.assert_close(shared, gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
     assert float(gradient.abs().max()) > 0
+
+
+def test_batch_after_batch_comes_to_what_autograd_makes_of_the_network(network, batch):
+    ohlcv, inputs, returns = batch
+    sigma = network.volatility(ohlcv)
+    plain = copy.deepcopy(network)
+    with thread_pool(3) as pool:
+        shards = Shards(network, 3, pool)
+        for number, rows in enumerate((64, 1, 63, 2, 3, 64, 5)):
+            torch.manual_seed(number)
+            plain.zero_grad()
+            made = plain.corrections(inputs[:rows])
+            _, slope = crps_and_slope(plain, made, sigma[:rows], returns[:rows])
+            made.backward(slope)
+            torch.manual_seed(number)
+            corrections = shards.corrections(inputs[:rows])
+            _, slope = crps_and_slope(network, corrections, sigma[:rows], returns[:rows])
+            shards.backward(slope, torch.Tensor.backward)
+            expected = torch.cat([each.grad.flatten() for each in plain.parameters()])
+            assert float((shards.gradient - expected).abs().max() / expected.abs().max()) < 1e-5
+            with torch.no_grad():
+                for each, other in zip(network.parameters(), plain.parameters(), strict=True):
+                    each.sub_(0.01 * torch.sign(each.grad))
+                    other.copy_(each)
 
 
 def test_dropout_of_threads_comes_from_the_seed(network, batch):

@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 import ray
+from ray._private.node import Node
 
 from forecasting.errors import TrainingError
 from forecasting.settings import load_settings
@@ -69,6 +70,7 @@ def test_what_a_lost_worker_had_is_done_again_but_not_for_ever(tmp_path):
 
 def test_a_worker_that_waits_is_kept_and_nothing_runs_that_nobody_asks(tmp_path):
     settings = load_settings(home=tmp_path, concurrency=2)
+    methods = dict(vars(Node))
     one, both = (ray.remote(num_cpus=cpus)(pid_after) for cpus in (1, 2))
     with scratch() as folder, running(settings, folder):
         workers = set(ray.get([one.remote(1.0), one.remote(1.0)]))
@@ -79,6 +81,7 @@ def test_a_worker_that_waits_is_kept_and_nothing_runs_that_nobody_asks(tmp_path)
         running_now = " ".join(
             part for child in psutil.Process().children(recursive=True) for part in child.cmdline()
         )
+    assert dict(vars(Node)) == methods
     assert "raylet" in running_now
     for script in ("dashboard.py", "monitor.py"):  # log_monitor.py as well
         assert script not in running_now

@@ -191,7 +191,11 @@ stack = Tiny(
     Ports(*map(int, ports)),
     made=lambda stack: [
         http_server("prefect", stack.ports.prefect),
-        script("worker", "import subprocess; subprocess.run(['sleep', '300'])"),
+        # as Prefect's worker starts a flow run
+        script(
+            "worker",
+            "import subprocess; subprocess.run(['sleep', '300'], start_new_session=True)",
+        ),
     ],
 )
 stack.start()
@@ -230,10 +234,11 @@ def test_what_a_killed_stack_left_is_ended_by_the_next_one(tmp_path, worker):
     assert not (tmp_path / "stack.json").exists()
 
 
-def test_a_process_that_has_a_dead_ones_number_is_left_alone(tmp_path):
-    with subprocess.Popen(["sleep", "60"]) as other:
-        told = {"pid": other.pid, "began": psutil.Process(other.pid).create_time() - 100}
-        (tmp_path / "stack.json").write_text(json.dumps({"owner": told, "started": [told]}))
+@pytest.mark.parametrize("mark", [{"mark": "a"}, {}, {"started": []}])
+def test_only_what_has_the_mark_of_a_dead_stack_is_ended(tmp_path, mark):
+    with subprocess.Popen(["sleep", "60"], env={orphans.MARK: "b"}) as other:
+        dead = {"pid": other.pid, "began": psutil.Process(other.pid).create_time() - 100}
+        (tmp_path / "stack.json").write_text(json.dumps({"owner": dead, **mark}))
         assert orphans.end(tmp_path) == 0
         assert other.poll() is None
         other.kill()
