@@ -5,6 +5,8 @@ classical baseline is chosen on the validation days before them.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,9 @@ from forecasting import backtest, baselines
 from forecasting.contract import Contract
 from forecasting.errors import ContractError, HistoryError, ModelError
 from forecasting.garch import garch_quantiles
-from forecasting.gate import CANDIDATE, PRODUCTION, WALK, Evidence
+from forecasting.gate import CANDIDATE, INTERVALS, PRODUCTION, WALK, Evidence
 from forecasting.inference import Forecaster
-from forecasting.metrics import Array
+from forecasting.metrics import Array, inside
 from forecasting.windows import Windows, join, make_windows, split
 
 Baseline = Callable[[pd.DataFrame, baselines.Origins, int, tuple[float, ...]], Array]
@@ -85,11 +87,12 @@ def gather(
     }
     classical, scores = _classical(contest, _Contest(frames, validation, horizon), levels)
     crps |= scores
-    served, fresher = np.ones(len(crps[CANDIDATE]), dtype=np.bool_), False
-    if production is not None:
-        crps[PRODUCTION], served, contract, failed = contest.of_production(production)
-        problems += [f"The model in production cannot be scored: {each}" for each in failed]
-        fresher = contract is not None and challenger.contract.train_end > contract.train_end
+    standing = None if production is None else contest.of_production(production)
+    served = np.ones(len(crps[CANDIDATE]), dtype=np.bool_)
+    if standing is not None:
+        crps[PRODUCTION], served = standing.crps, standing.served
+        failed = [f"The model in production cannot be scored: {each}" for each in standing.failed]
+        problems += failed
     volatility = np.concatenate([_rank(frames[name], each) for name, each in asked.items()])
     gate = join(list(asked.values()))
     return Evidence(
@@ -108,7 +111,8 @@ def gather(
             "after earnings": after_earnings(gate.origins),
         },
         served=served,
-        fresher=fresher,
+        fresher=standing is not None and standing.is_older_than(challenger.contract),
+        held={} if standing is None else standing.held,
         problems=tuple(problems),
     )
 
@@ -121,6 +125,29 @@ def after_earnings(origins: NDArray[np.datetime64]) -> NDArray[np.bool_]:
     since = (days - quarter).astype(np.int64)
     season: NDArray[np.bool_] = (since >= SEASON[0]) & (since < SEASON[1])
     return season
+
+
+@dataclass(frozen=True, eq=False)
+class _Production:
+    """What the version in production answers, in the order of the contest's windows.
+
+    Attributes:
+        crps: basis points [n, h], NaN where there is no answer.
+        served: [n], windows whose symbol it serves.
+        held: [n, h] by probability, whether its central interval held the outcome.
+        contract: None if it cannot be loaded.
+        failed: why there are no answers.
+    """
+
+    crps: Array
+    served: NDArray[np.bool_]
+    held: Mapping[float, NDArray[np.bool_]]
+    contract: Contract | None
+    failed: list[str]
+
+    def is_older_than(self, other: Contract) -> bool:
+        """Whether the other has learned from later days."""
+        return self.contract is not None and other.train_end > self.contract.train_end
 
 
 class _Contest:
@@ -161,32 +188,46 @@ class _Contest:
         ]
         return self.score(np.concatenate(parts), levels)
 
-    def of_production(
-        self, folder: Path
-    ) -> tuple[Array, NDArray[np.bool_], Contract | None, list[str]]:
-        """CRPS [n, h] of the version in production, NaN where there is none.
-
-        Returns:
-            (scores, windows whose symbol it serves [n], its contract, why there are none).
-        """
+    def of_production(self, folder: Path) -> "_Production":
+        """What the version in production says to the windows of the symbols that it serves."""
         try:
             champion = Forecaster.load(folder, version=0)
         except ContractError as error:
             everything = np.ones(len(self.returns), dtype=np.bool_)
-            return np.full(self.returns.shape, np.nan), everything, None, [str(error)]
+            nothing = np.full(self.returns.shape, np.nan)
+            return _Production(nothing, everything, {}, None, [str(error)])
+        levels = champion.contract.quantile_levels
         parts, served, failed = [], [], []
         for symbol, windows in self.asked.items():
             known = symbol in champion.contract.symbols
             served.append(np.full(len(windows), known))
-            scores = np.full(windows.returns.shape, np.nan)
+            quantiles = np.full((*windows.returns.shape, len(levels)), np.nan)
             if known:
                 try:
                     theirs = _windows(champion, self.frames[symbol], symbol, self.horizon)
-                    scores = backtest.score_onnx(champion, theirs.at(windows.origins))
+                    quantiles = backtest.return_quantiles(champion, theirs.at(windows.origins))
                 except (ModelError, HistoryError) as error:
                     failed.append(str(error))
-            parts.append(scores)
-        return np.concatenate(parts), np.concatenate(served), champion.contract, failed
+            parts.append(quantiles)
+        answers = np.concatenate(parts)
+        return _Production(
+            crps=self.score(answers, levels),
+            served=np.concatenate(served),
+            held=_held(self.returns, answers, levels),
+            contract=champion.contract,
+            failed=failed,
+        )
+
+
+def _held(
+    returns: Array, quantiles: Array, levels: tuple[float, ...]
+) -> dict[float, NDArray[np.bool_]]:
+    """Whether each central interval that the gate judges held the outcome, [n, h] each."""
+    found = {}
+    for mass in INTERVALS:
+        with suppress(ValueError):  # of levels that do not reach as far out
+            found[mass] = inside(returns, quantiles, levels, mass)
+    return found
 
 
 def _windows(forecaster: Forecaster, frame: pd.DataFrame, symbol: str, horizon: int) -> Windows:

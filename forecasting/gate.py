@@ -17,9 +17,10 @@ variance, since forecasts overlap. A candidate has to hold all of this:
   of at most `tolerance`: of two equal models the fresher one has seen more of today's market. One
   that has learned from the same days only would be chosen by chance, and is refused.
   Where it is better beyond doubt, what walk and baseline object, in a slice too, is taken back, and
-  that its intervals hold too much: a refusal would serve what is worse still. After a market has
-  changed it may take a year until a candidate has learned enough of it to pass their bounds. Such
-  a promotion is provisional: the monitor goes on asking for a better version.
+  that its intervals hold too much, or too little where production's hold no more: a refusal would
+  serve what is worse still. After a market has changed it may take a year until a candidate has
+  learned enough of it to pass their bounds. Such a promotion is provisional: the monitor goes on
+  asking for a better version.
 - **Slices**: in no slice of at least `SLICE_DAYS` days (calm, volatile, after earnings) is it shown
   to be worse than random walk or production by more than `SLICE_MARGIN` (lower bound).
 - **Intervals**: neither central interval is shown to hold a share outside `INTERVALS`. The margin
@@ -85,6 +86,8 @@ class Evidence:
         slices: [n] each, the windows of a slice by its name.
         served: [n], windows of symbols that production knows.
         fresher: whether the candidate has learned from later days than production.
+        held: [n, h] each, whether production's central interval of a probability held the outcome,
+            False where it does not answer; no entry where it gives no such interval.
         problems: what was found wrong before any score, such as a leak.
     """
 
@@ -100,6 +103,7 @@ class Evidence:
     slices: Mapping[str, NDArray[np.bool_]]
     served: NDArray[np.bool_]
     fresher: bool
+    held: Mapping[float, NDArray[np.bool_]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
     @classmethod
@@ -202,13 +206,15 @@ class Slice:
 class Interval:
     """What share of outcomes the central interval of probability `mass` held, all horizons.
 
-    `low` to `high` is where the true share lies: one-sided 95 % bounds on either side.
+    `low` to `high` is where the true share lies: one-sided 95 % bounds on either side. Production's
+    own held `production` of the same outcomes; None where it does not answer all.
     """
 
     mass: float
     share: float
     low: float
     high: float
+    production: float | None
 
 
 @dataclass(frozen=True)
@@ -417,7 +423,10 @@ def _compare(evidence: Evidence, scores: dict[str, Array], rule: Rule, found: _F
     against_production = [each for each in found.slices if each.opponent == PRODUCTION]
     lesser = [each for each in objections.values() if each]
     lesser += _cautious(found.intervals) + _worse_slices(against_walk)
-    grave = _implausible(found.pairings, scores) + _overconfident(found.intervals)
+    kept = [each for each in found.intervals if _holds_no_less(each)]
+    lesser += _overconfident(kept)
+    grave = _implausible(found.pairings, scores)
+    grave += _overconfident([each for each in found.intervals if each not in kept])
     grave += _worse_slices(against_production)
     if grave or found.problems or not _is_better(evidence, found.pairings):
         found.problems += lesser + grave
@@ -532,13 +541,22 @@ def _interval(evidence: Evidence, mass: float, lag: int) -> Interval:
     variance = max(hac_variance(series, lag), mass * (1.0 - mass) / days)
     half = float(stdtrit(days - 1, BOUND)) * float(np.sqrt(variance))
     share = float(series.mean())
-    return Interval(mass, share, max(share - half, 0.0), min(share + half, 1.0))
+    standing = None
+    if mass in evidence.held and evidence.served.all():
+        standing = float(_by_day(evidence.origins, evidence.held[mass].mean(axis=1)).mean())
+    return Interval(mass, share, max(share - half, 0.0), min(share + half, 1.0), standing)
+
+
+def _holds_no_less(interval: Interval) -> bool:
+    """Whether a refusal would serve intervals that hold as little."""
+    return interval.production is not None and interval.production <= interval.share
 
 
 def _overconfident(intervals: list[Interval]) -> list[str]:
     return [
-        f"Overconfident: {_held(each)} (at most {each.high:.1%} within error); at least "
-        f"{INTERVALS[each.mass][0]:.0%} is asked for."
+        f"Overconfident: {_held(each)} (at most {each.high:.1%} within error"
+        + ("" if each.production is None else f", {each.production:.1%} in production")
+        + f"); at least {INTERVALS[each.mass][0]:.0%} is asked for."
         for each in intervals
         if each.high < INTERVALS[each.mass][0]
     ]

@@ -187,11 +187,12 @@ def _intervals(verdict: GateVerdict) -> Section:
             f"{each.share:.1%}",
             f"{each.low:.1%} to {each.high:.1%}",
             "{:.0%} to {:.0%}".format(*INTERVALS[each.mass]),
+            "" if each.production is None else f"{each.production:.1%}",
         )
         for each in verdict.intervals
     )
     text = "What share of outcomes the central intervals held, over all horizons."
-    header = ("Interval", "held", "within error", "bounds")
+    header = ("Interval", "held", "within error", "bounds", "production's held")
     return Section("Do the intervals hold", text, header, rows)
 
 

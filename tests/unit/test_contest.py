@@ -12,9 +12,9 @@ from forecasting import backtest, baselines
 from forecasting.contest import CLASSICAL, after_earnings, gather
 from forecasting.contract import COLUMNS
 from forecasting.errors import HistoryError
-from forecasting.gate import CANDIDATE, PRODUCTION, WALK, Evidence, Rule, judge
+from forecasting.gate import CANDIDATE, INTERVALS, PRODUCTION, WALK, Evidence, Rule, judge
 from forecasting.inference import Forecaster
-from forecasting.metrics import coverage
+from forecasting.metrics import coverage, inside
 from forecasting.windows import make_windows, split
 from tests.market import goog
 from tests.models import write_model_folder
@@ -120,6 +120,10 @@ def test_production_is_asked_about_the_symbols_that_it_serves(candidate, tmp_pat
     np.testing.assert_array_equal(
         np.isfinite(np.asarray(found.crps[PRODUCTION])).all(axis=1), found.served
     )
+    for mass, held in found.held.items():
+        theirs = inside(found.returns, found.quantiles, found.levels, mass)
+        np.testing.assert_array_equal(held, theirs & found.served[:, None])
+    assert set(found.held) == set(INTERVALS)
     # the tiny models are all the same, whatever the symbol
     np.testing.assert_allclose(
         np.asarray(found.crps[PRODUCTION])[found.served],

@@ -12,6 +12,7 @@ from forecasting.gate import (
     BETTER,
     CANDIDATE,
     IMPLAUSIBLE,
+    INTERVALS,
     PRODUCTION,
     SLICE_DAYS,
     WALK,
@@ -20,7 +21,7 @@ from forecasting.gate import (
     Rule,
     judge,
 )
-from forecasting.metrics import coverage, hac_variance
+from forecasting.metrics import coverage, hac_variance, inside
 
 RNG = np.random.default_rng(21)
 WINDOWS, HORIZON = 120, 5
@@ -292,6 +293,52 @@ def test_a_graver_fault_refuses_with_all_that_is_wrong():
         *["Overconfident"] * 2,
     ]
     assert (verdict.provisional, verdict.notes) == (False, ())
+
+
+def production_held(width: float) -> dict[float, np.ndarray]:
+    """What intervals hold that are `width` times as wide as is right."""
+    quantiles = evidence(0).quantiles * width
+    return {mass: inside(RETURNS, quantiles, QUANTILE_LEVELS, mass) for mass in INTERVALS}
+
+
+def test_overconfident_replaces_only_what_holds_no_more():
+    narrow = evidence(0).quantiles * 0.6
+    better = {"production": WALKED * 1.15, "quantiles": narrow}
+    verdict = decide(noisy(0.95), held=production_held(0.5), **better)
+    assert (verdict.promote, verdict.provisional) == (True, True)
+    assert [note.split(" interval")[0] for note in verdict.notes[1:]] == [
+        "Overconfident: the 80 %",
+        "Overconfident: the 95 %",
+    ]
+    low, _ = verdict.intervals
+    assert low.production == pytest.approx(production_held(0.5)[0.8].mean())
+    assert f"{low.production:.1%} in production" in verdict.notes[1]
+    assert decide(noisy(0.95), held=production_held(0.6), **better).promote  # it loses nothing
+    refused = decide(noisy(0.95), held=production_held(0.7), **better)
+    assert [each.split(":")[0] for each in refused.reasons] == ["Overconfident"] * 2
+
+
+def test_one_interval_that_holds_less_than_productions_refuses():
+    held = {0.8: production_held(0.5)[0.8], 0.95: production_held(0.7)[0.95]}
+    narrow = evidence(0).quantiles * 0.6
+    verdict = decide(noisy(0.95), production=WALKED * 1.15, quantiles=narrow, held=held)
+    assert [each.split(" interval")[0] for each in verdict.reasons] == [
+        "Overconfident: the 80 %",
+        "Overconfident: the 95 %",
+    ]
+
+
+def test_overconfident_is_refused_where_production_is_not_shown_to_be_worse():
+    narrow = evidence(0).quantiles * 0.6
+    verdict = decide(noisy(0.95), production=noisy(0.95), quantiles=narrow, held=production_held(0))
+    assert [each.split(":")[0] for each in verdict.reasons] == ["Overconfident"] * 2
+
+
+def test_production_that_does_not_answer_all_is_no_measure_of_intervals():
+    served = np.arange(WINDOWS) % 2 == 0
+    held = production_held(0.5)
+    verdict = decide(noisy(0.95), production=WALKED * 1.15, served=served, held=held)
+    assert [each.production for each in verdict.intervals] == [None, None]
 
 
 # --- thin evidence against the random walk -------------------------------------------------------

@@ -170,6 +170,19 @@ def test_overconfident_is_refused_though_its_score_passes(write):
     assert verdict.upper < 0
 
 
+def test_overconfident_replaces_what_is_more_so(write):
+    """Both cut off; production is too narrow besides, which CRPS shows beyond doubt."""
+    production = write("production", width=0.5, cut=3, train_end=EARLIER)
+    verdict = verdict_of(write("candidate", cut=3), production)
+    assert (verdict.promote, verdict.provisional) == (True, True), verdict.reasons
+    _, overconfident = verdict.notes
+    assert overconfident.startswith("Overconfident: the 95 % interval held ")
+    assert all(each.production < each.share for each in verdict.intervals)
+    wide = write("wide", width=1.6, train_end=EARLIER)
+    (reason,) = verdict_of(write("again", cut=3), wide).reasons
+    assert reason.startswith("Overconfident: the 95 % interval held ")
+
+
 # --- leaky ---------------------------------------------------------------------------------------
 
 
