@@ -3,7 +3,6 @@
 Of one symbol, or of several that one version serves.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -29,6 +28,7 @@ from forecasting.registry import (
     Registry,
     open_registry,
 )
+from forecasting.scratch import scratch
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from forecasting.windows import Splits
@@ -224,20 +224,19 @@ class Training:
 
     def run(self, widen: Widen) -> TrainResult:
         """Every step in this process, with the search on Ray."""
-        self.settings.work_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.settings.work_dir) as scratch:
-            held = self.production(Path(scratch) / "production")
+        with scratch(self.settings.work_dir) as folder:
+            held = self.production(folder / "production")
             if held is not None and held.contract.as_of > self.as_of:
                 return self.too_old(held)
             splits = self.splits()
             warm = self.warm(splits, held, widen) if widen != "always" else None
-            first = self.attempt(warm, Path(scratch) / "warm", held) if warm else None
+            first = self.attempt(warm, folder / "warm", held) if warm else None
             if first is not None and not (first.refused and widen == "if-needed"):
                 return self.conclude(first, held)
             found = self.searched(splits)
             if first is not None and found.config == first.fit.config:
                 return self.conclude(first, held)  # judged already
-            return self.conclude(self.attempt(found, Path(scratch) / "searched", held), held, first)
+            return self.conclude(self.attempt(found, folder / "searched", held), held, first)
 
     def production(self, folder: Path) -> Held | None:
         """The version in production, downloaded."""

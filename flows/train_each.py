@@ -1,6 +1,5 @@
 """Train a forecaster of its own for each of many symbols, on Ray."""
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -17,6 +16,7 @@ from forecasting.assignment import forecaster_name
 from forecasting.datasets import DatasetVersion
 from forecasting.errors import DataError, PerennialError
 from forecasting.registry import Registry, open_registry
+from forecasting.scratch import scratch
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
 from tasks.accounting import accounted
@@ -55,15 +55,14 @@ def train_each(symbols: list[str], as_of: date | None = None) -> list[TrainResul
     wanted = list(dict.fromkeys(symbols))
     if not wanted:
         raise DataError("No symbol to train; at least one is expected, such as GOOG.")
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
     registry = open_registry(settings)
     with (
         telling(settings),
         engine_of(settings.sql_url) as engine,
-        tempfile.TemporaryDirectory(dir=settings.work_dir) as scratch,
+        scratch(settings.work_dir) as folder,
     ):
         dataset = ingest_prices(settings, with_peers_of(settings, wanted), day)
-        fleet = _Fleet(settings, registry, engine, day, dataset, Path(scratch))
+        fleet = _Fleet(settings, registry, engine, day, dataset, folder)
         results = fleet.run(wanted)
     return [results[symbol] for symbol in wanted]
 

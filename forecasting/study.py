@@ -9,8 +9,6 @@ asynchronous successive halving (ASHA, Li et al. 2018) stops what falls behind.
 import json
 import logging
 import math
-import shutil
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +27,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from forecasting.scratch import sweep
+
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
@@ -43,7 +43,6 @@ SPACE: Mapping[str, BaseDistribution] = {
 """Where to look; fields of `ModelConfig` that are not here keep their default."""
 STARTUP = 8
 """Trials drawn at random before TPE is asked."""
-KEPT_SECONDS = 30 * 24 * 3600
 REDUCTION = 2
 """At each rung of the halving the better 1 / REDUCTION goes on."""
 
@@ -281,13 +280,14 @@ def open_study(
     """The study in `folder`, new or as a search left it; a second process waits for the first.
 
     Args:
-        folder: of this search alone; studies beside it that nobody opened for a month are removed.
+        folder: of this search alone; what nobody came back to beside it is swept.
         seed: of what is drawn.
         grace: steps that every trial gets before it may be stopped.
         space: where to look.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
+    folder.touch()  # come back to, however old it is
+    sweep(folder.parent)
     with FileLock(folder / "lock"), _quiet():
         _mend(folder)
         yield Study(folder, seed=seed, grace=grace, space=space)
@@ -312,13 +312,6 @@ def _mend(folder: Path) -> None:
         aside = journal.with_name(f"{_JOURNAL}.damaged")
         journal.replace(aside)
         _log.warning("The search starts anew: its journal %s cannot be read: %s", aside, error)
-
-
-def _sweep(studies: Path) -> None:
-    oldest = time.time() - KEPT_SECONDS
-    for journal in studies.glob(f"*/{_JOURNAL}"):
-        if journal.stat().st_mtime < oldest:
-            shutil.rmtree(journal.parent, ignore_errors=True)
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """Steps of an offline forecast: who answers, forecasts, prediction log, Parquet file."""
 
-import tempfile
 from collections.abc import Sequence
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 from prefect import Task, get_run_logger
@@ -18,6 +16,7 @@ from forecasting.datasets import DatasetVersion
 from forecasting.errors import ConfigError, ModelError, RegistryError, ServiceError
 from forecasting.predictions import Spool
 from forecasting.registry import Registry
+from forecasting.scratch import scratch
 from forecasting.settings import Settings
 from forecasting.store import engine_of
 from tasks.steps import create_table_artifact, task
@@ -77,11 +76,10 @@ def forecast_symbols(
     snapshot_of = datasets.snapshots(settings, prices, as_of)
     made: list[Batch] = []
     refused: dict[str, str] = {}
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
     for held, symbols in assigned:
         try:
-            with tempfile.TemporaryDirectory(dir=settings.work_dir) as scratch:
-                model = batch.load(registry, held, Path(scratch), settings.trusted_key_path)
+            with scratch(settings.work_dir) as folder:
+                model = batch.load(registry, held, folder, settings.trusted_key_path)
         except (ModelError, RegistryError) as error:
             registry.aliases(held.forecaster)  # raises where the registry is away
             refused |= dict.fromkeys(symbols, str(error))

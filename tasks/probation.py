@@ -5,10 +5,8 @@ until it is written down, what is condemned is written down before anything move
 that was made and not recorded is recorded by the next look.
 """
 
-import tempfile
 from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 
 import pandas as pd
 from prefect import get_run_logger
@@ -28,6 +26,7 @@ from forecasting.errors import (
 from forecasting.events import ModelCondemned, put_once
 from forecasting.probation import Probation
 from forecasting.registry import PRODUCTION, Registry
+from forecasting.scratch import scratch
 from forecasting.sessions import count_sessions, sessions_between
 from forecasting.settings import Settings
 from tasks.forecast import drain_log, log_forecasts
@@ -153,10 +152,9 @@ def _forecasts(
     scene: Scene, version: int, missing: list[tuple[date, str]], prices: datasets.DatasetVersion
 ) -> list[Batch]:
     settings, registry, made = scene.settings, scene.registry, []
-    settings.work_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=settings.work_dir) as scratch:
+    with scratch(settings.work_dir) as folder:
         held = version_of(registry, scene.forecaster, version)
-        model = batch.load(registry, held, Path(scratch), settings.trusted_key_path)
+        model = batch.load(registry, held, folder, settings.trusted_key_path)
     for day, symbol in missing:
         rows = datasets.snapshots(settings, prices, day)
         found, without = batch.forecast(model, [symbol], day, rows, source="shadow")

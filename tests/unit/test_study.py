@@ -143,11 +143,15 @@ def test_importances_and_plots_need_something_to_compare(tmp_path):
 
 
 def test_a_second_process_waits_and_old_studies_go(tmp_path):
-    old = tmp_path / "old"
-    old.mkdir()
-    (old / "study.journal").write_text("")
+    old, again = tmp_path / "old", tmp_path / "again"
     long_ago = time.time() - 40 * 24 * 3600
-    os.utime(old / "study.journal", (long_ago, long_ago))
+    for folder in (old, again):
+        with open_study(folder, seed=7, grace=1) as study:
+            study.propose()
+        for path in (*folder.iterdir(), folder):
+            os.utime(path, (long_ago, long_ago))
+    with open_study(again, seed=7, grace=1) as study:
+        assert len(study.trials) == 1
     with open_study(tmp_path / "new", seed=7, grace=1):
         assert not old.exists()
         with pytest.raises(Timeout):
