@@ -40,7 +40,7 @@ from forecasting.contract import (
 from forecasting.errors import ModelError, TrainingError
 from forecasting.hyperparameters import ModelConfig
 from forecasting.inference import Forecaster
-from forecasting.loss import BP, crps, crps_and_slope
+from forecasting.loss import BP, Loss, crps
 from forecasting.network import Network, features
 from forecasting.shards import Shards, thread_pool
 from forecasting.windows import Splits, Windows, join
@@ -188,6 +188,7 @@ class _Training(LightningModule):
         self.threads = 1
         self.pool: ThreadPoolExecutor | None = None
         self.shards: Shards
+        self.loss: Loss
         self.losses: list[Tensor] = []
         self.history: list[EpochScore] = []
         self.best: dict[str, Tensor] = {}
@@ -205,6 +206,7 @@ class _Training(LightningModule):
     def on_train_start(self) -> None:
         pool = self.pool if self.device.type == "cpu" else None
         self.shards = Shards(self.network, self.threads, pool)
+        self.loss = Loss(self.network)
         self.trainer.should_stop = self._is_over()
 
     def on_train_epoch_start(self) -> None:
@@ -239,12 +241,10 @@ class _Training(LightningModule):
             mine = mine if share else rows[:1]
         batch = self.train_inputs.take(mine)
         corrections = self.shards.corrections(batch.features)
-        loss, slope = crps_and_slope(
-            self.network, corrections, batch.sigma, batch.returns, weight=share
-        )
-        # Lightning's own costs a tenth of a step; in float32 it has only several workers to tell
-        back = self.manual_backward if workers > 1 else Tensor.backward
-        self.shards.backward(slope, back)
+        loss, slope = self.loss(corrections, batch.sigma, batch.returns, weight=share)
+        self.shards.backward(slope)
+        if workers > 1:  # all at once, which `manual_backward` would do parameter by parameter
+            self.trainer.strategy.reduce(self.shards.gradient, reduce_op="mean")
         return loss
 
     def on_train_epoch_end(self) -> None:

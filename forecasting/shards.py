@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from forecasting.loss import Answer
 from forecasting.network import Network
 
 T = TypeVar("T")
@@ -39,8 +40,8 @@ class Shards:
         self._pool = pool
         self._networks = [network, *twins]
         self.gradient, *self._others = (_flat(each) for each in self._networks)
+        self._answer = Answer(network)
         self._states: list[Tensor] = []
-        self._state = self._made = torch.empty(0)
 
     def corrections(self, inputs: Tensor) -> Tensor:
         """What the network says of a batch; see `Network.corrections`."""
@@ -49,28 +50,16 @@ class Shards:
         ]
         pairs = zip(self._networks, parts, strict=False)  # a small batch leaves some idle
         self._states = self._together([partial(each.state, part) for each, part in pairs])
-        self._state = self._states[0]
-        if len(self._states) > 1:  # from here on one graph, which ends where theirs begin
-            self._state = torch.cat([each.detach() for each in self._states]).requires_grad_()
-        self._made = self._networks[0].answer(self._state)
-        return self._made.detach()
+        return self._answer.forward(torch.cat([each.detach() for each in self._states]))
 
-    def backward(self, slope: Tensor, own: Callable[[Tensor, Tensor], None]) -> None:
-        """Set `gradient`.
-
-        Args:
-            slope: of the loss, along what `corrections` gave last.
-            own: backward pass from the network's corrections and their slope.
-        """
+    def backward(self, slope: Tensor) -> None:
+        """Set `gradient` from the loss's slope along what `corrections` gave last."""
         used = self._others[: len(self._states) - 1]
         for gradient in (self.gradient, *used):
             gradient.zero_()
-        own(self._made, slope)
-        if used:
-            assert self._state.grad is not None
-            along = torch.split(self._state.grad, [len(each) for each in self._states])
-            pairs = zip(self._states, along, strict=True)
-            self._together([partial(each.backward, part) for each, part in pairs])
+        along = torch.split(self._answer.backward(slope), [len(each) for each in self._states])
+        pairs = zip(self._states, along, strict=True)
+        self._together([partial(each.backward, part) for each, part in pairs])
         for gradient in used:
             self.gradient.add_(gradient)
 

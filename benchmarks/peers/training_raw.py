@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.training import config, windows
 from forecasting import model
-from forecasting.loss import crps_and_slope
+from forecasting.loss import Loss
 
 
 def main() -> int:
@@ -27,6 +27,7 @@ def main() -> int:
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=chosen.lr, weight_decay=chosen.weight_decay, fused=True
     )
+    loss = Loss(network)
     count, size = len(parts.train), chosen.batch_size
     best, kept = math.inf, None
     for epoch in range(epochs):
@@ -37,7 +38,7 @@ def main() -> int:
             optimizer.zero_grad()
             batch = train.take(order[first : first + size])
             corrections = network.corrections(batch.features)
-            _, slope = crps_and_slope(network, corrections, batch.sigma, batch.returns)
+            _, slope = loss(corrections, batch.sigma, batch.returns)
             corrections.backward(slope)
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from forecasting.hyperparameters import ModelConfig
-from forecasting.loss import BP, crps, crps_and_slope
+from forecasting.loss import BP, Answer, Loss, crps
 from forecasting.model import untrained
 from forecasting.network import Network, features
 from forecasting.shards import Shards, thread_pool
@@ -41,8 +41,8 @@ def _gradient(network: Network, batch, rows: torch.Tensor, threads: int, seed: i
         shards = Shards(network, threads, pool)
         corrections = shards.corrections(inputs[rows])
         sigma = network.volatility(ohlcv)
-        loss, slope = crps_and_slope(network, corrections, sigma[rows], returns[rows])
-        shards.backward(slope, torch.Tensor.backward)
+        loss, slope = Loss(network)(corrections, sigma[rows], returns[rows])
+        shards.backward(slope)
         return loss, shards.gradient.clone()
 
 
@@ -53,12 +53,32 @@ def test_the_slope_is_what_autograd_makes_of_the_crps(network, batch):
     corrections = network.corrections(inputs.double()).detach().requires_grad_()
     plain = crps(returns, network.spread(sigma, corrections)).mean() * BP
     plain.backward()
-    loss, slope = crps_and_slope(network, corrections, sigma, returns)
+    loss, slope = Loss(network)(corrections, sigma, returns)
     torch.testing.assert_close(loss, plain.detach())
     torch.testing.assert_close(slope, corrections.grad)
     assert float(slope.abs().min()) > 0
-    weighed = crps_and_slope(network, corrections, sigma, returns, weight=0.25)
+    weighed = Loss(network)(corrections, sigma, returns, weight=0.25)
     torch.testing.assert_close(weighed, (loss / 4, slope / 4))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3, 1.0])
+def test_the_answer_and_its_gradients_are_autograds_to_the_bit(splits, dropout):
+    network = untrained(splits, ModelConfig(hidden=8, dropout=dropout))
+    torch.nn.init.normal_(network.head.weight)
+    parameters = (network.head.weight, network.head.bias)
+    state, slope = torch.randn(64, 8, requires_grad=True), torch.randn(64, 6)
+    for training in (True, False):
+        network.train(training)
+        torch.manual_seed(5)
+        plain = network.answer(state)
+        expected = torch.autograd.grad(plain, (state, *parameters), slope)
+        for each in parameters:
+            each.grad = torch.ones_like(each)  # of the batch before
+        torch.manual_seed(5)
+        answer = Answer(network)
+        assert torch.equal(answer.forward(state.detach()), plain)
+        along = answer.backward(slope)
+        assert all(map(torch.equal, (along, *(each.grad for each in parameters)), expected))
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -82,12 +102,12 @@ def test_batch_after_batch_comes_to_what_autograd_makes_of_the_network(network, 
             torch.manual_seed(number)
             plain.zero_grad()
             made = plain.corrections(inputs[:rows])
-            _, slope = crps_and_slope(plain, made, sigma[:rows], returns[:rows])
+            _, slope = Loss(plain)(made, sigma[:rows], returns[:rows])
             made.backward(slope)
             torch.manual_seed(number)
             corrections = shards.corrections(inputs[:rows])
-            _, slope = crps_and_slope(network, corrections, sigma[:rows], returns[:rows])
-            shards.backward(slope, torch.Tensor.backward)
+            _, slope = Loss(network)(corrections, sigma[:rows], returns[:rows])
+            shards.backward(slope)
             expected = torch.cat([each.grad.flatten() for each in plain.parameters()])
             assert float((shards.gradient - expected).abs().max() / expected.abs().max()) < 1e-5
             with torch.no_grad():
