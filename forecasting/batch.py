@@ -169,8 +169,7 @@ def forecast(
             _require_past(forecaster, as_of)
             snapshot = snapshot_of(symbol)
             ohlcv, days = _inputs(snapshot, contract)
-            known = symbol in contract.symbols  # the network looks at rows, and not whose they are
-            index = np.array([contract.symbol_index(symbol) if known else 0], dtype=np.int64)
+            index = np.array([contract.symbol_input(symbol)], dtype=np.int64)
             quantiles.append(forecaster.predict(ohlcv, days, index))
         except (DataError, ModelError) as error:
             refused[symbol] = str(error)

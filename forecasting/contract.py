@@ -61,6 +61,13 @@ class Contract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         return self.symbols.index(symbol)
 
+    def symbol_input(self, symbol: str) -> int:
+        """What to ask the graph with: the index, or 0 for a symbol that this version does not list.
+
+        The network looks at rows, and not at whose they are.
+        """
+        return self.symbols.index(symbol) if symbol in self.symbols else 0
+
 
 class Golden(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One input of the graph with the output it must reproduce (batch of 1)."""

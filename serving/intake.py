@@ -66,7 +66,7 @@ def unreadable(body: bytes, error: Exception, expected: str) -> problems.Problem
 
 def rows_of(request: ForecastRequest) -> Rows:
     """The arrays of one decoded window."""
-    return Rows(request.symbol, *_arrays(request.rows))
+    return Rows(request.symbol, *_arrays(request.rows), request.forecaster)
 
 
 def stack(requests: Sequence[ForecastRequest], contract: Contract) -> Tensors | None:
@@ -78,7 +78,7 @@ def stack(requests: Sequence[ForecastRequest], contract: Contract) -> Tensors | 
     days, values = _arrays(rows)
     with np.errstate(over="ignore", under="ignore"):
         ohlcv = values.astype(np.float32).reshape(count, context, 5)
-    symbols = [contract.symbol_index(each.symbol) for each in requests]
+    symbols = [contract.symbol_input(each.symbol) for each in requests]
     tensors = Tensors(ohlcv, days.reshape(count, context), np.array(symbols, dtype=np.int64))
     return tensors if _are_usable(tensors) else None
 
@@ -90,7 +90,7 @@ def fit(windows: Sequence[Rows], contract: Contract, max_rows: int) -> Tensors:
         ProblemError: too few rows, out of order, or values that cannot be prices.
     """
     fitted = [_fit(rows, contract.context, max_rows) for rows in windows]
-    symbols = [contract.symbol_index(rows.symbol) for rows in windows]
+    symbols = [contract.symbol_input(rows.symbol) for rows in windows]
     return Tensors(
         _joined([ohlcv for _, ohlcv in fitted]),
         _joined([days for days, _ in fitted]),

@@ -35,6 +35,7 @@ from serving.edge import OPEN_PATHS, SIGNED_PATHS
 from serving.exchange import DOCS
 from serving.keys import Keys
 from serving.problems import Problem, ProblemError
+from serving.schemas import FORECASTER, SYMBOL
 
 Document = dict[str, Any]
 Examples = Mapping[str, Callable[[], object]]
@@ -42,8 +43,6 @@ Examples = Mapping[str, Callable[[], object]]
 EXAMPLE_ROWS = 64
 LARGEST = 3.4028234e38
 """What a float32 holds."""
-SYMBOL = r"^[A-Za-z0-9^][A-Za-z0-9.^=_-]{0,31}$"
-FORECASTER = r"^[A-Za-z0-9^][A-Za-z0-9.^=_-]{0,127}$"
 VERSION = r"^[1-9][0-9]{0,17}$"
 
 
@@ -348,7 +347,7 @@ def _windows(settings: Settings) -> Document:
         says="Trading days, oldest first, each date once, high not below low; at least `context` "
         "of them (GET /v1/models), of which the last `context` are used.",
     )
-    window = record({"symbol": text(SYMBOL), "rows": rows})
+    window = record({"symbol": text(SYMBOL), "rows": rows}, {"forecaster": text(FORECASTER)})
     windows = record({"windows": array(WINDOW, most=settings.max_windows)})
     made = {"Row": row, "Window": window, "Windows": windows}
     return {name: {"title": name, **schema.to_schema()} for name, schema in made.items()}

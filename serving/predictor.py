@@ -4,6 +4,7 @@ Taking up many models or prices is done in slices: each refresh works for a mome
 has, and says whether there is more to do.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from serving.intake import EPOCH_ORDINAL, fit
 from serving.model_store import CHALLENGER, PRODUCTION, Fingerprint, ModelStore, check
 from serving.open_models import OpenModels, Served
 from serving.problems import ProblemError
-from serving.schemas import ModelInfo, Models, PricesInfo, Refusal, Traffic
+from serving.schemas import SYMBOL, ModelInfo, Models, PricesInfo, Refusal, Traffic
 from serving.windows import Rows
 
 SLICE_SECONDS = 2.0
@@ -36,6 +37,7 @@ been damaged), and the most of its time that it does so."""
 
 
 _OWN = ("model ", "challenger ")
+_SYMBOL = re.compile(SYMBOL)
 _TROUBLE = (ContractError, ConfigError, OSError)
 
 
@@ -104,15 +106,33 @@ class State:
     model_marks: dict[str, Fingerprint] = field(default_factory=dict)
     price_marks: dict[str, Fingerprint] = field(default_factory=dict)
 
-    def served(self, symbol: str, *, rival: bool = False) -> Served:
-        """The version that answers for a symbol.
+    def served(
+        self,
+        symbol: str,
+        forecaster: str | msgspec.UnsetType = msgspec.UNSET,
+        *,
+        rival: bool = False,
+    ) -> Served:
+        """The version that answers for a symbol, or that of a forecaster for any symbol.
 
         Raises:
             ProblemError: there is none.
         """
+        if forecaster is not msgspec.UNSET:
+            return self._named(forecaster, symbol, rival=rival)
         found = (rival and self.rivals.get(symbol)) or self.by_symbol.get(symbol)
         if found is None:
             raise self._unknown(symbol)
+        return found
+
+    def _named(self, forecaster: str, symbol: str, *, rival: bool) -> Served:
+        found = (rival and self.challengers.get(forecaster)) or self.champions.get(forecaster)
+        if found is None:
+            if not self.champions:
+                raise problems.no_model()
+            raise problems.unknown_model(forecaster, sorted(self.champions))
+        if not _SYMBOL.fullmatch(symbol):
+            raise problems.bad_symbol(symbol)
         return found
 
     def latest_of(self, symbol: str, *, rival: bool = False) -> Latest:

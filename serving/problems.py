@@ -74,7 +74,19 @@ def unknown_symbol(symbol: str, served: list[str]) -> ProblemError:
         404,
         "Unknown symbol",
         f"One of {_some(served)} was expected; got {_cut(symbol)}. GET /v1/models lists every "
-        "symbol that is served; train and promote a model for another one.",
+        "symbol that is served; train and promote a model for another one, or name the "
+        "`forecaster` that shall answer for your rows.",
+    )
+
+
+def bad_symbol(symbol: str) -> ProblemError:
+    """422: a name that no symbol has."""
+    return ProblemError(
+        "bad-symbol",
+        422,
+        "Bad symbol",
+        f"A symbol of 1 to 32 letters, digits or .^=_- was expected, as in GOOG; got "
+        f"{_cut(symbol)}.",
     )
 
 

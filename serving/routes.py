@@ -78,6 +78,7 @@ _BAD_WINDOW = (
     problems.too_many_rows(10_000, 12_345),
     problems.bad_prices("Prices must be finite and above zero; got -1."),
     problems.bad_dates("Rows must ascend by date."),
+    problems.bad_symbol("a name"),
     _NO_NUMBERS,
 )
 

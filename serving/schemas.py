@@ -5,6 +5,9 @@ from typing import Annotated, Literal
 
 import msgspec
 
+SYMBOL = r"^[A-Za-z0-9^][A-Za-z0-9.^=_-]{0,31}$"
+FORECASTER = r"^[A-Za-z0-9^][A-Za-z0-9.^=_-]{0,127}$"
+
 
 class PriceRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False):
     """One trading day, adjusted for splits and dividends up to the last row."""
@@ -18,10 +21,15 @@ class PriceRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True, gc=False
 
 
 class ForecastRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A client's own rows, oldest first; rows older than the model's context are ignored."""
+    """A client's own rows, oldest first; rows older than the model's context are ignored.
+
+    `forecaster` names the one that shall answer, also for a symbol that none was trained for;
+    without it the one that serves the symbol does.
+    """
 
     symbol: str
     rows: list[PriceRow]
+    forecaster: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class ForecastRequests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,7 +40,8 @@ class ForecastRequests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 ROW_SHAPE = "an object with exactly date (YYYY-MM-DD), open, high, low, close and volume"
 REQUEST_SHAPE = (
-    '{"symbol": "GOOG", "rows": [...]}, each row ' + ROW_SHAPE + ", all but the date finite numbers"
+    '{"symbol": "GOOG", "rows": [...]}, with a "forecaster" if another than the symbol\'s shall '
+    "answer, each row " + ROW_SHAPE + ", all but the date finite numbers"
 )
 
 

@@ -15,7 +15,7 @@ from serving.oip_routes import served_model
 from serving.open_models import Served
 from serving.openapi import problem_spec
 from serving.routes import Asked, parts, ready
-from serving.schemas import Predictions
+from serving.schemas import FORECASTER, SYMBOL, Predictions
 from serving.scoring import Arrays
 from serving.service import Service, settled
 
@@ -27,7 +27,7 @@ TARGET_HEADER = b"x-amzn-sagemaker-target-model"
 _NUMBER = Schema(type=OpenAPIType.NUMBER)
 _WHOLE = Schema(type=OpenAPIType.INTEGER)
 _NAME_OR_INDEX = Schema(any_of=[openapi.text(), _WHOLE])
-_SYMBOL = openapi.text(openapi.SYMBOL)
+_SYMBOL = openapi.text(SYMBOL)
 _DAY = Schema(
     any_of=[openapi.text(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}([T ]00:00(:00(\.0{1,9})?)?Z?)?$"), _WHOLE],
     description="The same in every row; integers are milli-, micro- or nanoseconds since 1970.",
@@ -93,7 +93,7 @@ def _csv_example() -> str:
         [
             openapi.header(
                 TARGET_HEADER.decode(),
-                openapi.text(openapi.FORECASTER),
+                openapi.text(FORECASTER),
                 "Forecaster that is meant; tensors need it where several are served.",
             ),
             openapi.CLIENT_ID,

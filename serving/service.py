@@ -90,7 +90,9 @@ class Service:
             ProblemError: the window is not usable, or nothing answers for its symbol.
         """
         state = self.state
-        served = state.served(request.symbol, rival=self.traffic.is_canary(client))
+        served = state.served(
+            request.symbol, request.forecaster, rival=self.traffic.is_canary(client)
+        )
         load = Requests((request,), _source(state, served), self._limits.rows)
         found = await self._computed(state, Query(served, await self._opened(served), load))
         return forecast(found.windows[0], served.contract, served.version, found.numbers[0])
@@ -111,7 +113,8 @@ class Service:
         state, canary = self.state, self.traffic.is_canary(client)
         groups: dict[Served, list[int]] = {}
         for place, window in enumerate(windows):
-            groups.setdefault(state.served(window.symbol, rival=canary), []).append(place)
+            served = state.served(window.symbol, window.forecaster, rival=canary)
+            groups.setdefault(served, []).append(place)
         answers: dict[int, Forecast] = {}
         for served, places in groups.items():
             made = await self._forecast(state, served, [windows[place] for place in places])

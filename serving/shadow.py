@@ -82,7 +82,7 @@ class Shadow:
             msgspec.structs.replace(window, id=str(uuid4()), source="shadow")
             for window in computed.windows
         ]
-        symbols = [challenger.contract.symbol_index(window.symbol) for window in windows]
+        symbols = [challenger.contract.symbol_input(window.symbol) for window in windows]
         tensors = computed.tensors._replace(symbol=np.array(symbols, dtype=np.int64))
         load = Prepared(tensors, windows)
         compute([Query(challenger, self._models.open(challenger), load)], self._spool)

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
 
@@ -13,11 +14,13 @@ class Rows(NamedTuple):
         symbol: whose prices.
         days: days since 1970-01-01, int64 [rows].
         ohlcv: open, high, low, close, volume, float64 [rows, 5], as sent.
+        forecaster: that shall answer; unset: the one that serves the symbol.
     """
 
     symbol: str
     days: NDArray[np.int64]
     ohlcv: NDArray[np.float64]
+    forecaster: str | UnsetType = UNSET
 
 
 class Tensors(NamedTuple):

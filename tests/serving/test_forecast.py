@@ -106,6 +106,41 @@ def test_unknown_symbol(server):
     assert_problem(post(server, body), 404, "unknown-symbol", known, "'goog'")
 
 
+def test_a_forecaster_that_is_named_answers_for_rows_of_any_symbol(server):
+    """Its rows decide: the same as of a symbol that it serves."""
+    listed = post(server, request_body(close=50.0)).json()
+    named = post(server, request_body(symbol="TSLA", close=50.0) | {"forecaster": "perennial-goog"})
+    assert named.status_code == 200
+    answer = named.json()
+    assert (answer["symbol"], answer["forecaster"]) == ("TSLA", "perennial-goog")
+    assert answer["forecast"] == listed["forecast"]
+    many = [
+        request_body(symbol=symbol, close=50.0) | {"forecaster": "perennial-goog"}
+        for symbol in ("TSLA", "GOOG", "NEW")
+    ]
+    told = server.client.post("/v1/forecasts", json={"windows": [*many, request_body()]})
+    answers = told.json()["forecasts"]
+    assert [each["symbol"] for each in answers] == ["TSLA", "GOOG", "NEW", "GOOG"]
+    assert [each["forecast"] for each in answers[:3]] == [listed["forecast"]] * 3
+    with open_segments(server.home / "spool") as segments:
+        batches = [segment.read() for segment in segments]
+    logged = {record.id: record for batch in batches if batch for record in batch.records}
+    assert (logged[answer["id"]].symbol, logged[answer["id"]].forecaster) == (
+        "TSLA",
+        "perennial-goog",
+    )
+
+
+def test_a_forecaster_that_nobody_serves_and_a_symbol_that_is_none(server):
+    unknown = request_body() | {"forecaster": "perennial-gogo"}
+    assert_problem(post(server, unknown), 404, "unknown-model", "perennial-goog", "perennial-gogo")
+    for symbol in ("", "two words", "GOOG\n", "G" * 33):
+        body = request_body(symbol=symbol) | {"forecaster": "perennial-goog"}
+        assert_problem(post(server, body), 422, "bad-symbol", "letters, digits")
+    wrong = request_body() | {"forecaster": 7}
+    assert_problem(post(server, wrong), 422, "invalid-request", "forecaster")
+
+
 def test_symbol_without_prices(server):
     response = server.get("/v1/forecast/AAPL")
     assert_problem(response, 503, "no-prices", "AAPL", "none were published yet")

@@ -113,6 +113,7 @@ def test_a_symbol_has_its_index_and_an_unknown_one_is_named():
     assert [contract().symbol_index(symbol) for symbol in ("GOOG", "AAPL")] == [0, 1]
     with pytest.raises(ContractError, match=r"perennial-goog serves GOOG, AAPL; got .*'IBM'"):
         contract().symbol_index("IBM")
+    assert [contract().symbol_input(symbol) for symbol in ("GOOG", "AAPL", "IBM")] == [0, 1, 0]
 
 
 @pytest.fixture
