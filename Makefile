@@ -85,6 +85,10 @@ bench-drift: $(STAMP) ## measure the monitor's false alarms and what it finds; t
 bench-degraded: $(STAMP) ## measure how soon forecasts that went bad are found; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.degraded
 
+.PHONY: bench-probation
+bench-probation: $(STAMP) ## measure how often a probation rolls back what is worse, and what is not; the last line is one JSON object
+	@$(BIN)/python -m benchmarks.probation
+
 .PHONY: replay
 replay: $(STAMP) ## play retraining policies over years of history; the last line is one JSON object
 	@$(BIN)/python -m benchmarks.replay

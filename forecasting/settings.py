@@ -195,7 +195,7 @@ class Settings(BaseSettings):
         description="Validation loss over the past's at which production's parameters have failed.",
     )
     probation_days: int = Field(
-        20,
+        60,
         ge=0,
         description="Market days that a new version is watched beside the one before it; 0: none.",
     )

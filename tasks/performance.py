@@ -127,7 +127,7 @@ def _usual(
     with tempfile.TemporaryDirectory() as folder:
         registry.download(contract.forecaster, version, Path(folder) / "model")
         forecaster = Forecaster.load(Path(folder) / "model", version)
-    index = contract.symbols.index(symbol) if symbol in contract.symbols else 0
+    index = contract.symbol_input(symbol)
     windows = make_windows(rows, contract.context, contract.horizon, index)
     return backtest.return_quantiles(forecaster, windows)
 

@@ -51,7 +51,7 @@ def settings(prices: Path, tmp_path: Path) -> Iterator[Settings]:
     home = tmp_path / "home"
     home.mkdir()
     (home / "data").symlink_to(prices / "data")
-    with configured(home) as made:
+    with configured(home, probation_days=20) as made:
         yield made
 
 
@@ -171,7 +171,7 @@ def asked_to_roll_back(settings: Settings, watched: Probation, **form: object) -
 
 def test_a_person_decides_on_a_rollback_where_one_has_to_approve(settings, registry, engine):
     promote(settings, registry, engine, 1, 2)
-    with configured(settings.home, approval=True) as asked:
+    with configured(settings.home, probation_days=20, approval=True) as asked:
         for _ in range(2):
             told = look_at(asked, registry, engine, SESSIONS[12])
             assert "A person is asked whether to roll it back." in told
@@ -198,7 +198,7 @@ def test_a_version_that_a_person_keeps_stays_and_nobody_is_asked_again(
     settings, registry, engine, who
 ):
     promote(settings, registry, engine, 1, 2)
-    with configured(settings.home, approval=True) as asked:
+    with configured(settings.home, probation_days=20, approval=True) as asked:
         look_at(asked, registry, engine, SESSIONS[12])
         (watched,) = probation.watching(engine, NAME)
         decided = {"approve": False, "who": who, "reason": "the market is odd"}
@@ -216,7 +216,9 @@ def test_a_version_that_a_person_keeps_stays_and_nobody_is_asked_again(
 
 def test_a_rollback_that_nobody_answers_leaves_the_probation_open(settings, registry, engine):
     promote(settings, registry, engine, 1, 2)
-    with configured(settings.home, approval=True, approval_hours=0.0001) as asked:
+    with configured(
+        settings.home, probation_days=20, approval=True, approval_hours=0.0001
+    ) as asked:
         look_at(asked, registry, engine, SESSIONS[12])
         (watched,) = probation.watching(engine, NAME)
         assert rollback(NAME, watched=watched.id) is None
@@ -228,7 +230,7 @@ def test_a_rollback_that_nobody_answers_leaves_the_probation_open(settings, regi
 
 def test_a_yes_to_an_older_question_does_not_overrule_a_no(settings, registry, engine):
     promote(settings, registry, engine, 1, 2)
-    with configured(settings.home, approval=True) as asked:
+    with configured(settings.home, probation_days=20, approval=True) as asked:
         look_at(asked, registry, engine, SESSIONS[12])
         (watched,) = probation.watching(engine, NAME)
 
@@ -249,7 +251,7 @@ def test_nothing_alarms_while_a_version_gives_way(settings, registry, engine):
     """A retrain would start from what is condemned; a cooldown follows once it is rolled back."""
     promote(settings, registry, engine, 1, 2)
     assert not is_giving_way(engine, NAME, 2)
-    with configured(settings.home, approval=True) as asked:
+    with configured(settings.home, probation_days=20, approval=True) as asked:
         look_at(asked, registry, engine, SESSIONS[12])
         assert [is_giving_way(engine, NAME, version) for version in (1, 2, 3)] == [
             True,
@@ -266,7 +268,7 @@ def test_nothing_alarms_while_a_version_gives_way(settings, registry, engine):
 
 def test_without_a_server_no_rollback_waits_for_a_person(settings, registry, engine):
     promote(settings, registry, engine, 1, 2)
-    with configured(settings.home, approval=True) as asked:
+    with configured(settings.home, probation_days=20, approval=True) as asked:
         look_at(asked, registry, engine, SESSIONS[12])
         (watched,) = probation.watching(engine, NAME)
         with (

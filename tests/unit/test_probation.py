@@ -10,11 +10,14 @@ import pandas as pd
 import pytest
 from sqlalchemy import Engine, insert
 
+from benchmarks.degraded import Markets
+from benchmarks.probation import rolled_back
 from forecasting import audit, probation
 from forecasting.contract import QUANTILE_LEVELS
 from forecasting.probation import Probation, Replacement
 from forecasting.sequential import STAKES
 from forecasting.sessions import sessions_after
+from forecasting.settings import Settings
 from forecasting.store import now, open_engine, promotions
 from tests.models import ratios
 
@@ -260,3 +263,11 @@ def test_what_has_ended_stays_as_it_is(engine):
     (line,) = audit.read(engine)
     assert (line.kind, line.subject, line.version, line.reason) == ("probation", NAME, 2, "bad")
     assert line.details == {"id": "x", "state": "rolled-back", "previous": 1}
+
+
+def test_far_too_wide_is_rolled_back_in_the_days_of_a_probation_and_as_good_is_not():
+    """The measured shares are in the README: `make bench-probation`."""
+    days = Settings.model_fields["probation_days"].default
+    markets = Markets(8, seed=3, origins=days)
+    assert rolled_back(markets, 3.2, alpha=0.05, seed=1) >= 7 / 8
+    assert rolled_back(markets, None, alpha=0.05, seed=1) == 0
