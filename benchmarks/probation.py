@@ -23,7 +23,7 @@ from forecasting.probation import Probation
 from forecasting.sessions import sessions_after
 from forecasting.settings import Settings
 
-SEED, SERIES = 2027, 400
+SEED, SERIES = 2027, 200
 DAYS = (20, int(Settings.model_fields["probation_days"].default))
 AS_GOOD, BY_CHANCE = "as good", 0.1
 """Standard deviation of the log of a width, from day to day."""
