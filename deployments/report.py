@@ -165,7 +165,7 @@ def _forecasts(engine: Engine, prices: pd.DataFrame, symbol: str) -> pd.DataFram
         found = pd.DataFrame(connection.execute(query).mappings().all())
     if found.empty:
         return found
-    # A day's forecast may have been asked more than once: keep the last answer of each version.
+    # A day's forecast may have been asked more than once: keep the last answer.
     found = found.sort_values("made_at").drop_duplicates(["origin", "horizon"], keep="last")
     found = found[found["crps_bp"].notna()].reset_index(drop=True)
     origins = np.array(sorted(found["origin"].unique()), dtype="datetime64[D]")

@@ -178,7 +178,16 @@ def _check(
         )
         snapshot = draw(settings, contract, symbol, newest.recent_end, md5)
         seen.run_id = report(
-            registry, engine, version, symbol, md5, verdicts, snapshot, fares, answered
+            registry,
+            engine,
+            contract.forecaster,
+            version,
+            symbol,
+            md5,
+            verdicts,
+            snapshot,
+            fares,
+            answered,
         )
         keep_snapshot(settings, version, symbol, newest.recent_end, snapshot)
     record_scores(engine, contract, version, symbol, verdicts, fares, answered)

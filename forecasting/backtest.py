@@ -117,19 +117,6 @@ def score(returns: Array, quantiles: Array, levels: Sequence[float]) -> Array:
     return crps(returns, quantiles, levels) * BASIS_POINTS
 
 
-def score_onnx(forecaster: PriceForecaster, windows: ScoredWindows, batch: int = BATCH) -> Array:
-    """CRPS of a model version on each window and horizon.
-
-    Returns:
-        Basis points [n, h]; NaN where the outcome is not known or the answer is not a number.
-
-    Raises:
-        ModelError: see `return_quantiles`.
-    """
-    quantiles = return_quantiles(forecaster, windows, batch)
-    return score(windows.returns, quantiles, forecaster.contract.quantile_levels)
-
-
 def score_random_walk(
     frame: pd.DataFrame,
     windows: ScoredWindows,

@@ -46,7 +46,7 @@ class Loss:
         reach = torch.eye(len(shape)).to(shape) * network.reach
         by_scale = reach.repeat_interleave(shape.shape[1], dim=1)
         self._bend = torch.cat([by_scale, _row(size * TAIL_REACH)])
-        self._size, self._sign = _row(size), _row(torch.sign(shape))
+        self._shape, self._sign = _row(torch.log(shape.abs())), _row(torch.sign(shape))
         levels = torch.tensor(QUANTILE_LEVELS, dtype=shape.dtype, device=shape.device)
         self._middle = 0.5 - levels
 
@@ -65,7 +65,7 @@ class Loss:
         Returns:
             A number, and [batch, horizon + 1].
         """
-        flat = torch.addmm(self._size, corrections, self._bend).exp_().mul_(self._sign)
+        flat = torch.addmm(self._shape, corrections, self._bend).exp_().mul_(self._sign)
         quantiles = flat.view(*sigma.shape, -1).mul_(sigma.unsqueeze(-1))
         error = returns.unsqueeze(-1) - quantiles
         # of a pinball loss: (error < 0) - level
@@ -80,7 +80,10 @@ def _row(by_horizon: Tensor) -> Tensor:
 
 
 class Answer:
-    """`Network.answer` while it learns: the same numbers, dropout's too, and their gradient."""
+    """`Network.answer` while it learns, and its gradient.
+
+    The same numbers, on a CPU to the bit; a GPU draws its dropout in another way.
+    """
 
     def __init__(self, network: Network) -> None:
         """The network, whose parameters have gradients, which are written to."""

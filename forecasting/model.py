@@ -243,7 +243,7 @@ class _Training(LightningModule):
         corrections = self.shards.corrections(batch.features)
         loss, slope = self.loss(corrections, batch.sigma, batch.returns, weight=share)
         self.shards.backward(slope)
-        if workers > 1:  # all at once, which `manual_backward` would do parameter by parameter
+        if workers > 1:  # by hand: DDP hears of autograd's gradients, and the head's are not
             self.trainer.strategy.reduce(self.shards.gradient, reduce_op="mean")
         return loss
 

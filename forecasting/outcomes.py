@@ -206,6 +206,7 @@ def scored(
     *,
     since: date | None = None,
     until: date | None = None,
+    forecaster: str | None = None,
     version: int | None = None,
     sources: Sequence[str] | None = None,
 ) -> pd.DataFrame:
@@ -216,6 +217,7 @@ def scored(
         symbol: whose forecasts.
         since: first target session.
         until: last target session.
+        forecaster: only forecasts of this one; a version is a number of each.
         version: only forecasts of this model version.
         sources: only forecasts that came to be in these ways, see `predictions.Source`.
 
@@ -229,6 +231,8 @@ def scored(
         query = query.where(predictions.c.target >= since)
     if until is not None:
         query = query.where(predictions.c.target <= until)
+    if forecaster is not None:
+        query = query.where(predictions.c.forecaster == forecaster)
     if version is not None:
         query = query.where(predictions.c.model_version == version)
     if sources is not None:

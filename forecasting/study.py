@@ -27,7 +27,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from forecasting.scratch import sweep
+from forecasting.scratch import come_back
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -280,14 +280,12 @@ def open_study(
     """The study in `folder`, new or as a search left it; a second process waits for the first.
 
     Args:
-        folder: of this search alone; what nobody came back to beside it is swept.
+        folder: of this search alone; studies beside it that nobody came back to are swept.
         seed: of what is drawn.
         grace: steps that every trial gets before it may be stopped.
         space: where to look.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.touch()  # come back to, however old it is
-    sweep(folder.parent)
+    come_back(folder, _JOURNAL)
     with FileLock(folder / "lock"), _quiet():
         _mend(folder)
         yield Study(folder, seed=seed, grace=grace, space=space)

@@ -47,9 +47,11 @@ VERSION = r"^[1-9][0-9]{0,17}$"
 
 
 # bodies -------------------------------------------------------------------------------------------
-def text(pattern: str | None = None, form: OpenAPIFormat | None = None) -> Schema:
+def text(
+    pattern: str | None = None, form: OpenAPIFormat | None = None, says: str | None = None
+) -> Schema:
     """A string."""
-    return Schema(type=OpenAPIType.STRING, pattern=pattern, format=form)
+    return Schema(type=OpenAPIType.STRING, pattern=pattern, format=form, description=says)
 
 
 def array(
@@ -347,7 +349,12 @@ def _windows(settings: Settings) -> Document:
         says="Trading days, oldest first, each date once, high not below low; at least `context` "
         "of them (GET /v1/models), of which the last `context` are used.",
     )
-    window = record({"symbol": text(SYMBOL), "rows": rows}, {"forecaster": text(FORECASTER)})
+    forecaster = text(
+        FORECASTER,
+        says="Who shall answer, one of `forecaster` in GET /v1/models, also for a symbol that "
+        "nothing was trained for; without it who serves the symbol does.",
+    )
+    window = record({"symbol": text(SYMBOL), "rows": rows}, {"forecaster": forecaster})
     windows = record({"windows": array(WINDOW, most=settings.max_windows)})
     made = {"Row": row, "Window": window, "Windows": windows}
     return {name: {"title": name, **schema.to_schema()} for name, schema in made.items()}

@@ -74,8 +74,8 @@ def unknown_symbol(symbol: str, served: list[str]) -> ProblemError:
         404,
         "Unknown symbol",
         f"One of {_some(served)} was expected; got {_cut(symbol)}. GET /v1/models lists every "
-        "symbol that is served; train and promote a model for another one, or name the "
-        "`forecaster` that shall answer for your rows.",
+        "symbol that is served; train and promote a model for another one, or send its rows as "
+        "JSON to POST /v1/forecast and name the `forecaster` that shall answer.",
     )
 
 
@@ -85,7 +85,8 @@ def bad_symbol(symbol: str) -> ProblemError:
         "bad-symbol",
         422,
         "Bad symbol",
-        f"A symbol of 1 to 32 letters, digits or .^=_- was expected, as in GOOG; got "
+        f"A symbol of 1 to 32 letters, digits or .^=_- was expected, the first of them a letter, a "
+        f"digit or ^, as in GOOG; got "
         f"{_cut(symbol)}.",
     )
 

@@ -53,7 +53,9 @@ _ANSWER = ResponseSpec(
     description="The forecast.",
     examples=[Example(id="forecast", summary="shortened", value=_ANSWER_EXAMPLE)],
 )
-_UNKNOWN = problem_spec(problems.unknown_symbol("GOGO", ["AAPL", "GOOG"]))
+_NO_SYMBOL = problems.unknown_symbol("GOGO", ["AAPL", "GOOG"])
+_UNKNOWN = problem_spec(_NO_SYMBOL)
+_NOBODY = problem_spec(_NO_SYMBOL, problems.unknown_model("perennial-gogo", ["perennial-goog"]))
 _PARSE_ERROR = ValueError("unexpected end of data")
 _NO_NUMBERS = problems.no_forecast(
     ModelError("The model answers with numbers that are not finite.")
@@ -113,7 +115,7 @@ async def get_forecast(request: Asked, symbol: str) -> Response[bytes]:
     responses={
         200: _ANSWER,
         400: problem_spec(problems.malformed_json(_PARSE_ERROR)),
-        404: _UNKNOWN,
+        404: _NOBODY,
         415: problem_spec(problems.unsupported_media_type("text/plain", "application/json")),
         422: problem_spec(*_BAD_WINDOW),
         503: problem_spec(problems.no_model(), _LOG_FULL),
@@ -147,7 +149,7 @@ def parts(request: Asked) -> tuple[Worker, Exchange]:
     responses={
         200: ResponseSpec(Forecasts, generate_examples=False, description="In the order sent."),
         400: problem_spec(problems.malformed_json(_PARSE_ERROR), _NO_TABLE),
-        404: _UNKNOWN,
+        404: _NOBODY,
         413: problem_spec(_LARGE_TABLE),
         415: problem_spec(problems.unsupported_media_type("text/plain", "application/json")),
         422: problem_spec(*_BAD_WINDOW, problems.window_count(1024, 0)),

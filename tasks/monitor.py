@@ -224,6 +224,7 @@ def record_checks(
 def report(
     registry: Registry,
     engine: Engine,
+    forecaster: str,
     version: int,
     symbol: str,
     md5: str,
@@ -255,7 +256,12 @@ def report(
     registry.log_dict(run_id, told, "performance.json")
     registry.log_dict(run_id, answered.tables(), "served.json")
     scored = outcomes.scored(
-        engine, symbol, until=newest.recent_end, version=version, sources=ANSWERS
+        engine,
+        symbol,
+        until=newest.recent_end,
+        forecaster=forecaster,
+        version=version,
+        sources=ANSWERS,
     )
     if len(scored) > 1:
         _report_accuracy(registry, run_id, scored)

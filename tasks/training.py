@@ -15,6 +15,7 @@ from forecasting import datasets
 from forecasting.errors import RegistryError
 from forecasting.hyperparameters import ModelConfig
 from forecasting.registry import Registry, open_registry
+from forecasting.scratch import come_back
 from forecasting.settings import Settings
 from forecasting.windows import Splits, join, make_windows, split, with_peers
 from tasks.candidate import Candidate, Found, fit_candidate
@@ -214,7 +215,11 @@ def fit(settings: Settings, splits: Splits, config: ModelConfig, key: str) -> Ca
     Its checkpoint lies in a folder named by the key: a fit that was killed goes on when it is run
     again, and comes to the same weights.
     """
-    return fit_candidate(settings, splits, config, settings.work_dir / key)
+    from forecasting.model import CHECKPOINT
+
+    folder = settings.work_dir / "fit" / key
+    come_back(folder, f"{CHECKPOINT}*")
+    return fit_candidate(settings, splits, config, folder)
 
 
 def show_search(registry: Registry, run_id: str, found: Found) -> None:

@@ -72,6 +72,24 @@ def test_the_shadow_is_logged_with_its_version_and_never_answers(home):
     assert shadow.quantiles[0][19] == 200.0
 
 
+def test_a_forecaster_that_is_named_has_its_shadow_and_its_canary(home):
+    """Also for a symbol that neither version lists."""
+    body = request_body(symbol="TSLA") | {"forecaster": "perennial-goog"}
+    with web(home, shadow_share=1.0) as server:
+        assert server.client.post("/v1/forecast", json=body).json()["model_version"] == 1
+        until(
+            lambda: {(r.source, r.symbol) for r in logged(home)} >= {("shadow", "TSLA")},
+            "the shadow's record",
+        )
+        write_traffic(
+            load_settings(home=home).traffic_file, Traffic(shadow_share=0.0, canary_share=1.0)
+        )
+        until(
+            lambda: server.client.post("/v1/forecast", json=body).json()["model_version"] == 2,
+            "the canary's answer",
+        )
+
+
 def test_a_canary_answers_the_same_clients_each_time_and_shares_change_without_restart(home):
     with web(home) as server:
         clients = [f"client-{number}" for number in range(40)]

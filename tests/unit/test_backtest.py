@@ -46,10 +46,16 @@ class Scripted:
         return self.answer(ohlcv[:, -1, 3])
 
 
+def scored(forecaster, windows, batch=backtest.BATCH):
+    """CRPS of what it answers."""
+    quantiles = backtest.return_quantiles(forecaster, windows, batch)
+    return backtest.score(windows.returns, quantiles, forecaster.contract.quantile_levels)
+
+
 def test_a_real_model_is_scored_as_a_loop_would(tmp_path, windows):
     write_model_folder(tmp_path / "model")
     forecaster = Forecaster.load(tmp_path / "model", version=1)
-    got = backtest.score_onnx(forecaster, windows)
+    got = scored(forecaster, windows)
     assert got.shape == (120, 5)
     expected = np.log(ratios(5).astype(np.float64))
     for i in (0, 57, 119):
@@ -61,8 +67,8 @@ def test_a_real_model_is_scored_as_a_loop_would(tmp_path, windows):
 def test_batches_do_not_change_the_scores(tmp_path, windows):
     write_model_folder(tmp_path / "model")
     forecaster = Forecaster.load(tmp_path / "model", version=1)
-    whole = backtest.score_onnx(forecaster, windows)
-    np.testing.assert_allclose(backtest.score_onnx(forecaster, windows, batch=7), whole, rtol=1e-6)
+    whole = scored(forecaster, windows)
+    np.testing.assert_allclose(scored(forecaster, windows, batch=7), whole, rtol=1e-6)
     scripted = Scripted(lambda close: close[:, None, None] * ratios(5))
     backtest.return_quantiles(scripted, windows, batch=50)
     assert scripted.batches == [50, 50, 20]
@@ -75,20 +81,20 @@ def test_prices_that_are_no_prices_score_as_not_a_number(windows):
         prices[4, 0, 7] = np.inf
         return prices
 
-    got = backtest.score_onnx(Scripted(broken), windows)
+    got = scored(Scripted(broken), windows)
     assert np.argwhere(np.isnan(got)).tolist() == [[3, 2], [4, 0]]
 
 
 def test_an_unknown_outcome_scores_as_not_a_number(frame):
     newest = make_windows(frame, 64, 5).take(np.arange(530, 537))
-    got = backtest.score_onnx(Scripted(lambda close: close[:, None, None] * ratios(5)), newest)
+    got = scored(Scripted(lambda close: close[:, None, None] * ratios(5)), newest)
     assert np.isnan(got).sum() == 1 + 2 + 3 + 4 + 5
 
 
 def test_a_wrong_shape_is_named(windows):
     short = Scripted(lambda close: np.ones((len(close), 4, 39)))
     with pytest.raises(ModelError, match=r"\(120, 4, 39\); \(120, 5, 39\) expected"):
-        backtest.score_onnx(short, windows)
+        backtest.return_quantiles(short, windows)
 
 
 def test_random_walk_is_scored_on_the_same_windows(frame, windows):

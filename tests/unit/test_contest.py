@@ -10,7 +10,7 @@ from bokeh_sampledata.stocks import AAPL
 
 from forecasting import backtest, baselines
 from forecasting.contest import CLASSICAL, after_earnings, gather
-from forecasting.contract import COLUMNS
+from forecasting.contract import COLUMNS, QUANTILE_LEVELS
 from forecasting.errors import HistoryError
 from forecasting.gate import CANDIDATE, INTERVALS, PRODUCTION, WALK, Evidence, Rule, judge
 from forecasting.inference import Forecaster
@@ -59,7 +59,9 @@ def test_everybody_is_scored_on_the_gates_windows_of_every_symbol(candidate):
         np.testing.assert_array_equal(found.origins[rows], gate.origins)
         np.testing.assert_array_equal(found.returns[rows], gate.returns)
         expected = {
-            CANDIDATE: backtest.score_onnx(forecaster, gate),
+            CANDIDATE: backtest.score(
+                gate.returns, backtest.return_quantiles(forecaster, gate), QUANTILE_LEVELS
+            ),
             WALK: backtest.score_random_walk(FRAMES[symbol], gate),
             "HAR": backtest.score(
                 gate.returns,

@@ -50,7 +50,7 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]
     """The same training in two empty homes."""
     homes = [tmp_path_factory.mktemp("home") for _ in range(2)]
     found = [_end(each)[0] for each in [_start(home) for home in homes]]
-    assert not any((home / "work" / KEY).exists() for home in homes)
+    assert not any((home / "work" / "fit" / KEY).exists() for home in homes)
     return found
 
 
@@ -62,7 +62,7 @@ def test_the_same_data_parameters_and_seed_give_the_same_bytes_in_two_empty_home
 
 @pytest.mark.slow
 def test_a_fit_that_was_killed_goes_on_to_the_same_bytes(candidates, tmp_path):
-    checkpoint = tmp_path / "work" / KEY / CHECKPOINT
+    checkpoint = tmp_path / "work" / "fit" / KEY / CHECKPOINT
     killed = _start(tmp_path)
     _wait(checkpoint, killed)
     killed.kill()
@@ -80,7 +80,7 @@ def test_a_fit_that_was_killed_goes_on_to_the_same_bytes(candidates, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_a_fit_that_is_stopped(number, tmp_path):
     fit = _start(tmp_path, fit_workers=2)
-    _wait(tmp_path / "work" / KEY / CHECKPOINT, fit)
+    _wait(tmp_path / "work" / "fit" / KEY / CHECKPOINT, fit)
     family = psutil.Process(fit.pid).children(recursive=True)
     assert len(family) >= 2
     fit.send_signal(number)

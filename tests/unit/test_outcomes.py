@@ -203,6 +203,11 @@ def test_scored_can_be_narrowed(engine, tmp_path):
     outcomes.join_actuals(engine, "GOOG", frame(), date(2008, 1, 31))
     assert set(outcomes.scored(engine, "GOOG", version=2)["id"]) == {second.id}
     assert set(outcomes.scored(engine, "GOOG", sources=["get"])["id"]) == {first.id}
+    assert set(outcomes.scored(engine, "GOOG", forecaster=first.forecaster)["id"]) == {
+        first.id,
+        second.id,
+    }
+    assert outcomes.scored(engine, "GOOG", forecaster="perennial-aapl", version=1).empty
     day = first.targets[2]
     assert set(outcomes.scored(engine, "GOOG", since=day)["horizon"]) == {3, 4, 5}
     assert set(outcomes.scored(engine, "GOOG", until=day)["horizon"]) == {1, 2, 3}
