@@ -20,15 +20,29 @@ _PREFIX = "scratch-"
 
 
 @contextmanager
-def scratch(folder: Path) -> Iterator[Path]:
-    """An empty folder in `folder`, gone once it is left.
-
-    Of those that killed processes left there, what was not written to for `KEPT_SECONDS` goes.
-    """
+def scratch(
+    folder: Path, prefix: str = _PREFIX, kept_seconds: float = KEPT_SECONDS
+) -> Iterator[Path]:
+    """An empty folder in `folder`, gone once it is left; first `sweep` there."""
     folder.mkdir(parents=True, exist_ok=True)
-    _sweep(each for each in folder.glob(f"{_PREFIX}*") if not _is_owned(each))
-    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-", dir=folder) as name:
+    sweep(folder, prefix, kept_seconds)
+    with tempfile.TemporaryDirectory(
+        prefix=f"{prefix}{os.getpid()}-", dir=folder, ignore_cleanup_errors=True
+    ) as name:
         yield Path(name)
+
+
+def sweep(folder: Path, prefix: str = _PREFIX, kept_seconds: float = KEPT_SECONDS) -> None:
+    """Remove what `scratch` made there for processes that were killed.
+
+    Args:
+        folder: where it was made.
+        prefix: what it was called by.
+        kept_seconds: for how long it has to be left alone by everybody.
+    """
+    _remove(
+        (each for each in folder.glob(f"{prefix}*") if not _is_owned(each, prefix)), kept_seconds
+    )
 
 
 def come_back(folder: Path, mark: str) -> None:
@@ -42,19 +56,19 @@ def come_back(folder: Path, mark: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
-    _sweep(each.parent for each in folder.parent.glob(f"*/{mark}"))
+    _remove((each.parent for each in folder.parent.glob(f"*/{mark}")), KEPT_SECONDS)
 
 
-def _sweep(folders: Iterable[Path]) -> None:
-    oldest = time.time() - KEPT_SECONDS
+def _remove(folders: Iterable[Path], kept_seconds: float) -> None:
+    oldest = time.time() - kept_seconds
     for each in folders:
         if not each.is_symlink() and not _in_use(each, oldest):
             shutil.rmtree(each, ignore_errors=True)
 
 
-def _is_owned(folder: Path) -> bool:
+def _is_owned(folder: Path, prefix: str) -> bool:
     """Whether the process that made it lives: a run may wait for a person for long."""
-    owner = folder.name.removeprefix(_PREFIX).partition("-")[0]
+    owner = folder.name.removeprefix(prefix).partition("-")[0]
     return not owner.isdigit() or psutil.pid_exists(int(owner))
 
 

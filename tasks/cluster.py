@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import psutil
 import ray
 from ray._private.node import Node
 from ray.exceptions import RayError, RayTaskError
 
 from forecasting.errors import ConfigError, ServiceError, TrainingError
+from forecasting.scratch import scratch, sweep
 from forecasting.settings import Settings
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ def spread(
     flying: dict[Any, T] = {}
     # on a Ray of one's own the next ones lie ready for a worker that is done
     room = settings.concurrency * (1 if settings.ray_address else 2)
-    with scratch() as folder, running(settings, folder, warm=warm):
+    with memory() as folder, running(settings, folder, warm=warm):
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(work)
         while True:
             for item in islice(waiting, room - len(flying)):
@@ -93,25 +93,14 @@ def spread(
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A short-lived folder in memory where there is one, since Ray and Tune write a lot."""
-    memory = Path("/dev/shm")
-    _sweep(memory)
-    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 4 * _OBJECT_STORE
-    prefix = f"{_SCRATCH}{os.getpid()}-"
-    folder = Path(tempfile.mkdtemp(prefix=prefix, dir=memory if roomy else None))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(memory: Path) -> None:
-    """Give back the memory of searches that were killed: a folder's name holds its owner's id."""
-    for folder in memory.glob(f"{_SCRATCH}*"):
-        owner = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
+def memory() -> Iterator[Path]:
+    """A short-lived folder in memory where there is room, since Ray and Tune write a lot."""
+    shared = Path("/dev/shm")
+    sweep(shared, _SCRATCH, kept_seconds=0)  # what a killed search holds there is memory
+    roomy = shared.is_dir() and shutil.disk_usage(shared).free > 4 * _OBJECT_STORE
+    folder = shared if roomy else Path(tempfile.gettempdir())
+    with scratch(folder, _SCRATCH, kept_seconds=0) as made:
+        yield made
 
 
 @contextmanager

@@ -55,6 +55,16 @@ def test_what_killed_processes_left_goes_after_a_month(tmp_path):
     assert all(each.exists() for each in (fresh, written, waiting, theirs))
 
 
+def test_what_is_in_the_way_goes_at_once_but_not_of_a_living_process(tmp_path):
+    dead = aged(tmp_path / f"search-{gone_process()}-a", 1)
+    alive = aged(tmp_path / f"search-{os.getpid()}-b", 1)
+    notes, another = (aged(tmp_path / name, 1) for name in ("search-notes", "scratch-1-c"))
+    with scratch(tmp_path, "search-", kept_seconds=0) as folder:
+        assert folder.name.startswith(f"search-{os.getpid()}-")
+    assert not dead.exists()
+    assert all(each.exists() for each in (alive, notes, another))
+
+
 def test_what_nobody_came_back_to_goes_and_what_is_come_back_to_stays(tmp_path):
     old, again = (aged(tmp_path / "fit" / name, KEPT_SECONDS + 60) for name in ("old", "again"))
     theirs = aged(tmp_path / "fit" / "theirs", KEPT_SECONDS + 60, "thesis.tex")

@@ -19,7 +19,6 @@ from forecasting.model import fit
 from forecasting.settings import Settings, load_settings
 from forecasting.study import open_study
 from forecasting.windows import Splits, folds, make_windows, split
-from tasks.cluster import _sweep
 from tasks.search import Progress, SearchResult, run_search, search_here
 from tests.market import market
 
@@ -203,19 +202,6 @@ def test_what_the_caller_raises_ends_the_search(splits, tmp_path):
 def test_a_client_address_is_refused_with_what_to_write(splits, tmp_path):
     with pytest.raises(ConfigError, match=r"ray://head:10001; host:port .* is expected"):
         _run(splits, _settings(tmp_path, ray_address="ray://head:10001"))
-
-
-def test_memory_of_a_killed_search_is_given_back(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    lost = tmp_path / f"perennial-search-{ended.pid}-abc"
-    mine = tmp_path / f"perennial-search-{os.getpid()}-abc"
-    for folder in (lost, mine, tmp_path / "perennial-search-notes"):
-        folder.mkdir()
-    _sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [mine.name, "perennial-search-notes"]
-    )
 
 
 def test_a_cluster_that_is_away_is_named(splits, tmp_path):
