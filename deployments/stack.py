@@ -35,6 +35,7 @@ WRITERS = ("worker", "sync", "web")
 """Stopped first, while those that they write to still take it."""
 ORPHAN_SECONDS = 3.0
 """How long children may outlive their parent before they are ended."""
+LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 FOREIGN = ("PREFECT_", "MLFLOW_", "RAY_", "DVC_", PREFIX)
 
 
@@ -136,6 +137,8 @@ class Stack:
             # every flow waits for its event to be readable; as patient as the default, 5 x 5 s
             "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL": "0.5",
             "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_MAX_FLUSH_RETRIES": "50",
+            # who runs one at a time (`daily`) holds a lease, which a server that is killed forgets
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": LEASES,
             "PREFECT_WORKER_QUERY_SECONDS": "1",
             "PREFECT_WORKER_PREFETCH_SECONDS": "5",
             "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",

@@ -345,6 +345,17 @@ def test_two_workers_walk_the_way_of_one(splits, tmp_path):
 
 
 @pytest.mark.slow
+def test_workers_that_drop_out_come_to_the_same_each_time_and_learn(splits, tmp_path):
+    dropping = replace(CONFIG, dropout=0.5)
+    told = {"workers": 2, "accelerator": "cpu"}
+    a, b = (fit(splits, dropping, 3, folder=tmp_path / name, **told) for name in "ab")
+    assert a.history == b.history
+    assert a.trained < a.untrained
+    one = fit(splits, dropping, 3, folder=tmp_path / "one")
+    assert a.history[0].train != one.history[0].train, "one mask for two parts of a batch"
+
+
+@pytest.mark.slow
 def test_what_a_worker_raises_is_raised(splits, tmp_path):
     with pytest.raises(TrainingError, match=r"^Validation CRPS is nan after epoch 1.*Lower lr"):
         fit(splits, ModelConfig(hidden=8, lr=float("inf")), 2, folder=tmp_path, workers=2)
