@@ -4,6 +4,7 @@ With them come the schedule of `daily`, switched off, and the limit of the queue
 are made once, and stay as somebody changes them.
 """
 
+from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +26,7 @@ from forecasting.errors import ServiceError
 from forecasting.events import (
     RETRAINING,
     DataFaulty,
+    DataMissing,
     DataRejected,
     DataUpdated,
     ModelCondemned,
@@ -47,6 +49,7 @@ TRAINING = "training"
 RETIRED = (
     "perennial: drift starts retrain",
     "perennial: drift or degraded performance starts retrain",
+    "perennial: tell that prices are stale, faulty or refused",
 )
 """Names that earlier versions gave; automations of these names are removed."""
 PAYLOAD = """{
@@ -173,26 +176,20 @@ def _crashed() -> AutomationCore:
 
 def _notifications(webhook: UUID, settings: Settings) -> list[AutomationCore]:
     """What a person is told, by name and trigger."""
-    hours, failures = settings.notify_silence_hours, settings.notify_failures
+    failures = settings.notify_failures
+    told = {DataFaulty.name, DataRejected.name, DataMissing.name}
     triggers = {
-        "no monitor has completed": EventTrigger(
-            expect={"prefect.flow-run.Completed"},
-            match_related=[
-                {"prefect.resource.role": "flow", "prefect.resource.name": "monitor"},
-                _OURS,
-            ],
-            posture=Posture.Proactive,
-            threshold=1,
-            within=timedelta(hours=hours),
-        ),
-        "prices are stale, faulty or refused": _each({DataFaulty.name, DataRejected.name}),
+        # the first counts from each end of a monitor, the second where there has been none
+        "the monitor has fallen silent": _silence(settings, after={_COMPLETED}),
+        "no monitor has completed": _silence(settings),
+        "prices are missing, stale, faulty or refused": _each(told),
         "a deployment fails again and again": EventTrigger(
             expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
             match_related=_OURS,
             for_each={"related:deployment:prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=failures,
-            within=timedelta(days=1),
+            within=timedelta(days=7),  # of `daily` there is one a market day
         ),
         "a run has crashed": _each({"prefect.flow-run.Crashed"}, match_related=_OURS),
         "a version cannot be served": _each({ModelUnservable.name}),
@@ -211,10 +208,26 @@ def _notifications(webhook: UUID, settings: Settings) -> list[AutomationCore]:
     ]
 
 
+_COMPLETED = "prefect.flow-run.Completed"
 _OURS: dict[str, str | list[str]] = {
     "prefect.resource.id": f"prefect.tag.{TAG}",
     "prefect.resource.role": "tag",
 }
+
+
+def _silence(settings: Settings, after: Set[str] = frozenset()) -> EventTrigger:
+    """Fire where no monitor completes for too long."""
+    return EventTrigger(
+        after=set(after),
+        expect={_COMPLETED},
+        match_related=[
+            {"prefect.resource.role": "flow", "prefect.resource.name": "monitor"},
+            _OURS,
+        ],
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(hours=settings.notify_silence_hours),
+    )
 
 
 def _each(expect: set[str], **matching: Any) -> EventTrigger:  # noqa: ANN401  (Prefect's patterns)

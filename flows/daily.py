@@ -20,7 +20,7 @@ from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of, now
 from tasks.accounting import accounted
 from tasks.events import telling
-from tasks.ingest import ingest_prices
+from tasks.ingest import ingest_prices, telling_missing
 from tasks.monitor import last_known
 
 
@@ -57,6 +57,7 @@ def daily(
 
     Raises:
         BadPricesError: prices break the rules; that day and those after it stay to be done.
+        SourceError: so they do where the source gives nothing; `perennial.data.missing` says why.
         ExceptionGroup: monitors failed; all else is done, but for what is in the group too.
     """
     settings = load_settings()
@@ -102,7 +103,8 @@ def _one_day(
 
     Of the newest session prices may still come: a symbol without them is watched, and not done.
     """
-    version = ingest_prices(settings, symbols, day)
+    with telling_missing(settings, symbols, day):
+        version = ingest_prices(settings, symbols, day)
     late = [each for each in symbols if last_known(settings, each, day, version.md5) < day]
     served = {symbol for held in in_production(open_registry(settings)) for symbol in held.symbols}
     for symbol in symbols:

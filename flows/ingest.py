@@ -10,7 +10,7 @@ from forecasting.settings import load_settings
 from forecasting.store import now
 from tasks.accounting import accounted
 from tasks.events import telling
-from tasks.ingest import ingest_prices, tell_update
+from tasks.ingest import ingest_prices, tell_update, telling_missing
 
 
 class IngestResult(BaseModel):
@@ -56,10 +56,12 @@ def ingest(
     Raises:
         BadPricesError: prices break the rules; nothing was taken in, and the event
             `perennial.data.rejected` says why.
+        SourceError: the source gave nothing; `perennial.data.missing` says why.
     """
     settings = load_settings()
-    with telling(settings):
-        version = ingest_prices(settings, symbols, today_or(as_of))
+    day = today_or(as_of)
+    with telling(settings), telling_missing(settings, symbols, day):
+        version = ingest_prices(settings, symbols, day)
         tell_update(settings, version, symbols)
     return IngestResult(
         md5=version.md5,

@@ -13,6 +13,7 @@ from forecasting import datasets
 from forecasting.assignment import who_serves
 from forecasting.contract import Contract
 from forecasting.errors import HistoryError
+from forecasting.events import DriftDetected, PerformanceDegraded
 from forecasting.registry import Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of
@@ -36,6 +37,7 @@ from tasks.monitor import (
     record_checks,
     report,
     was_alarmed,
+    withhold,
 )
 from tasks.performance import Served, alarm_degraded, record_scores, score_forecasts, watch_served
 from tasks.probation import Scene, is_giving_way, watch
@@ -121,10 +123,13 @@ def monitor(
         session = last_known(settings, symbol, day, md5)
         days = check_days(after, session)
         if days:
-            # a retrain would learn from all of them, or start from what is being rolled back
-            held_back = any([seen.faults, *shared, is_giving_way(engine, forecaster, version)])
-            tells = alarms and not held_back
-            _check(settings, registry, engine, contract, seen, md5, days, after, tells)
+            held_back = _held_back(
+                seen.faults,
+                [each for each, found in zip(others, shared, strict=True) if found],
+                is_giving_way(engine, forecaster, version),
+                alarms,
+            )
+            _check(settings, registry, engine, contract, seen, md5, days, after, held_back)
         else:
             seen.summary = (
                 f"Nothing to check: on {day} no prices of {symbol} after {after} are known."
@@ -136,6 +141,20 @@ def monitor(
     return seen
 
 
+def _held_back(faults: list[str], others: list[str], gives_way: bool, alarms: bool) -> str:
+    """Why nobody is told of drift or degraded forecasts; empty if somebody is.
+
+    A retrain would learn from all prices, or start from what is being rolled back.
+    """
+    if faults:
+        return f"the newest prices cannot be right: {'; '.join(faults)}."
+    if others:
+        return f"of {', '.join(others)}, which it is forecast with, prices cannot be right."
+    if gives_way:
+        return "the version is being rolled back."
+    return "" if alarms else "the day is made up for; a later one says what is true now."
+
+
 def _check(
     settings: Settings,
     registry: Registry,
@@ -145,9 +164,10 @@ def _check(
     md5: str,
     days: Sequence[date],
     after: date | None,
-    tells: bool,
+    held_back: str,
 ) -> None:
     """Look at prices and forecasts, tell and record it; what was seen is filled in."""
+    tells = not held_back
     symbol, version = seen.symbol, seen.version
     verdicts = compare(settings, contract, symbol, days, md5)
     newest = verdicts[-1]
@@ -162,6 +182,12 @@ def _check(
     if fares.degraded and tells:
         seen.degraded_event_id = alarm_degraded(engine, fares)
     end = newest.recent_end
+    silenced = {DriftDetected.name: newest.drifted and not known}
+    silenced |= {PerformanceDegraded.name: fares.degraded}
+    if held_back and any(silenced.values()):
+        withhold(
+            engine, version, symbol, end, [n for n, is_so in silenced.items() if is_so], held_back
+        )
     seen.provisional = not fares.as_good_as_walk and is_provisional(registry, contract, version)
     if tells and seen.provisional and fares.strongest and not fares.degraded:
         seen.provisional_event_id = alarm_provisional(

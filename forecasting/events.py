@@ -74,6 +74,22 @@ class DataRejected(msgspec.Struct, frozen=True, kw_only=True):
         return "perennial.dataset"
 
 
+class DataMissing(msgspec.Struct, frozen=True, kw_only=True):
+    """A source gave no prices of a day: it is away, or does not know what it was asked for."""
+
+    schema: Literal[1] = 1
+    symbols: tuple[str, ...]
+    as_of: date
+    reason: str
+
+    name = "perennial.data.missing"
+
+    @property
+    def resource(self) -> str:
+        """Prefect resource id that the event is about."""
+        return "perennial.dataset"
+
+
 class DataUpdated(msgspec.Struct, frozen=True, kw_only=True):
     """An ingest made a dataset version with rows that no earlier one had; told once a version."""
 
@@ -291,6 +307,7 @@ Event = (
     | ModelAged
     | ModelProvisional
     | DataRejected
+    | DataMissing
     | DataUpdated
     | DataFaulty
     | ModelPromoted

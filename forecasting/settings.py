@@ -182,7 +182,7 @@ class Settings(BaseSettings):
         description="Hours without a completed `monitor` that are told; a long weekend has 96.",
     )
     notify_failures: int = Field(
-        3, ge=1, description="Runs of one deployment that fail in a day until it is told."
+        3, ge=1, description="Runs of one deployment that fail in a week until it is told."
     )
     # repair -----------------------------------------------------------------------------------
     retrain_search: Literal["if-needed", "always", "never"] = Field(

@@ -1,6 +1,7 @@
 """Step of ingest: prices into a dataset version, with a summary a person can read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from typing import Any
 
@@ -13,7 +14,7 @@ from prefect.tasks import exponential_backoff
 from forecasting import datasets
 from forecasting.datasets import DatasetVersion
 from forecasting.errors import BadPricesError, DatasetError, SourceError
-from forecasting.events import DataRejected, DataUpdated, put_once
+from forecasting.events import DataMissing, DataRejected, DataUpdated, put_once
 from forecasting.prices import Frame, visible_factors
 from forecasting.settings import Settings
 from forecasting.store import engine_of
@@ -54,6 +55,21 @@ def ingest_prices(settings: Settings, symbols: Sequence[str], as_of: date) -> Da
         show_data(settings, version, symbols)
         get_run_logger().info(headline(version))
     return version
+
+
+@contextmanager
+def telling_missing(settings: Settings, symbols: Sequence[str], as_of: date) -> Iterator[None]:
+    """Put an event into the outbox if the source gives nothing inside, retries and all.
+
+    Once a day and symbols, however often it is asked.
+    """
+    try:
+        yield
+    except SourceError as error:
+        told = DataMissing(symbols=tuple(symbols), as_of=as_of, reason=str(error))
+        with engine_of(settings.sql_url) as engine:
+            put_once(engine, told, same=f"{as_of} {','.join(sorted(set(symbols)))}")
+        raise
 
 
 def tell_update(settings: Settings, version: DatasetVersion, symbols: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from prefect.cache_policies import NO_CACHE
 from sqlalchemy import Engine, and_, func, not_, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from forecasting import breaks, datasets, drift, events, faults, ledger, outcomes, workspace
+from forecasting import audit, breaks, datasets, drift, events, faults, ledger, outcomes, workspace
 from forecasting.breaks import Shift
 from forecasting.contract import Contract, read_contract
 from forecasting.drift import DriftVerdict, Reference, Snapshot
@@ -25,7 +25,7 @@ from forecasting.sessions import count_sessions, sessions_between
 from forecasting.settings import Settings
 from forecasting.store import checks, now
 from tasks.performance import Served
-from tasks.steps import create_markdown_artifact, create_table_artifact, task
+from tasks.steps import create_markdown_artifact, create_table_artifact, flow_run_id, task
 
 EVERY = 5
 """Sessions between two checks when a monitor catches up on missed days."""
@@ -313,6 +313,24 @@ def alarm(
         ),
         same=f"{symbol} {verdict.recent_end} {contract.forecaster} {version}",
     )
+
+
+@task(name="withhold", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)
+def withhold(
+    engine: Engine, version: int, symbol: str, day: date, found: Sequence[str], why: str
+) -> None:
+    """Write into the audit which events were not told of a check, and why."""
+    with engine.begin() as connection:
+        for name in found:
+            audit.add(
+                connection,
+                "skip",
+                symbol,
+                version=version,
+                who=name,
+                reason=f"The monitor told nobody: {why}",
+                details={"as_of": day.isoformat(), "flow_run_id": flow_run_id()},
+            )
 
 
 @task(name="alarm-aged", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)

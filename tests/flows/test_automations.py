@@ -28,7 +28,7 @@ from prefect.events.schemas.events import Event
 from prefect.exceptions import ObjectNotFound
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
-from prefect.states import Crashed
+from prefect.states import Crashed, Failed
 
 from deployments.automations import (
     DAILY,
@@ -80,6 +80,7 @@ def plan(**changes: object) -> list[str]:
 
 RETRAIN, CHAIN, ROLLBACK, CRASHED = CORE = plan()
 TOLD = plan(notify_url="http://somewhere")[4:]
+SILENT = TOLD[0]
 
 
 @pytest.fixture
@@ -552,10 +553,9 @@ def receiver() -> Iterator[tuple[Receiver, str]]:
     thread.join()
 
 
-@flow(name="fails")
-def fails() -> None:
-    """A flow that fails at once."""
-    raise ValueError("no disk")
+@flow(name="monitor")
+def completes() -> None:
+    """By its name and tag a monitor."""
 
 
 @pytest.mark.slow
@@ -576,19 +576,46 @@ def test_a_person_is_told_through_the_webhook(
         forecaster="perennial-goog", version=1, rolled_back=2, who="me", why="worse"
     )
     put_all(settings, [faulty, broken, back, condemned(), degraded()])
+    failing = [targets.retrain, targets.daily, targets.daily]
+    runs = [client.create_flow_run_from_deployment(each, tags=[TAG]).id for each in failing]
+    for each in runs:
+        client.set_flow_run_state(each, Failed(message="no disk"), force=True)
     with tags(TAG):
-        for _ in range(2):
-            fails(return_state=True)
         lost = watched(return_state=True).state_details.flow_run_id
     client.set_flow_run_state(lost, Crashed(message="gone"), force=True)
-    made.await_all(set(TOLD))
+    made.await_all({*TOLD} - {SILENT})
     assert made.types == {"application/json"}
     by_name = {each["automation"]: each for each in made.messages}
-    stale = by_name["perennial: tell that prices are stale, faulty or refused"]
+    stale = by_name["perennial: tell that prices are missing, stale, faulty or refused"]
     assert stale["event"] == "perennial.data.faulty"
     assert stale["payload"]["faults"] == ['stale: "none" came']
     assert stale["text"].endswith(": perennial.symbol.GOOG")
     crash = by_name["perennial: tell that a run has crashed"]
     assert crash["resource"] == f"prefect.flow-run.{lost}"
+    failed = by_name["perennial: tell that a deployment fails again and again"]
+    assert failed["resource"] in {f"prefect.flow-run.{each}" for each in runs[1:]}
     silent = by_name["perennial: tell that no monitor has completed"]
     assert silent["text"].startswith("perennial: tell that no monitor has completed")
+
+
+@pytest.mark.slow
+def test_silence_is_counted_from_the_last_monitor(
+    client: SyncPrefectClient,
+    targets: Targets,
+    settings: Settings,
+    receiver: tuple[Receiver, str],
+) -> None:
+    made, url = receiver
+    seconds = 16
+    apply(client, load_settings(notify_url=url, notify_silence_hours=seconds / 3600))
+    for _ in range(3):  # together they last longer than the silence that is told
+        with tags(TAG):
+            completes()
+        ended = time.monotonic()
+        until(lambda ended=ended: time.monotonic() - ended > seconds / 2, "half of it", seconds)
+        assert SILENT not in {each["automation"] for each in made.messages}
+    completes()  # without the tag it is somebody else's
+    made.await_all({SILENT})
+    assert seconds - 1 < time.monotonic() - ended < 1.45 * seconds
+    (told,) = [each for each in made.messages if each["automation"] == SILENT]
+    assert told["run"], "the last that completed"

@@ -18,8 +18,9 @@ from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL
 
 from flows.daily import DailyResult, daily
+from flows.ingest import ingest
 from forecasting import datasets
-from forecasting.errors import BadPricesError, ContractError
+from forecasting.errors import BadPricesError, ContractError, SourceError
 from forecasting.sessions import sessions_between
 from forecasting.settings import Settings
 from forecasting.store import checks, market_days, outbox, predictions
@@ -197,6 +198,22 @@ def test_prices_that_come_late_are_waited_for(feed):
     late = daily(symbols=["TEST"], as_of=feed.day(101))
     assert (late.done, late.waiting) == ([feed.day(101)], [])
     assert done(feed.settings) == [feed.day(100), feed.day(101)]
+
+
+def test_a_source_that_gives_nothing_is_told_once_a_day_and_made_up_for(feed):
+    asked = {"symbols": ["TEST"], "as_of": feed.day(100)}
+    for flow in (daily, daily, ingest):
+        with pytest.raises(SourceError, match=r"TEST\.csv"):
+            flow(**asked)
+    (event,) = rows_of(feed.settings, outbox)
+    assert (event["name"], event["delivered_at"] is None) == ("perennial.data.missing", False)
+    assert event["payload"]["symbols"] == ["TEST"]
+    assert "TEST.csv" in event["payload"]["reason"]
+    with pytest.raises(SourceError):
+        daily(symbols=["TEST"], as_of=feed.day(101))
+    assert len(rows_of(feed.settings, outbox)) == 2
+    feed.write(102)
+    assert daily(symbols=["TEST"], as_of=feed.day(101)).done == [feed.day(101)]
 
 
 def test_refused_prices_stop_the_round_until_they_are_put_right(feed):

@@ -26,7 +26,7 @@ from forecasting.predictions import Spool
 from forecasting.registry import PROVISIONAL_TAG, open_registry
 from forecasting.sessions import sessions_after, sessions_between
 from forecasting.settings import Settings
-from forecasting.store import checks, engine_of, outbox, scores
+from forecasting.store import audit, checks, engine_of, outbox, scores
 from tasks.monitor import check_days
 from tests.flows.support import (
     client_of,
@@ -516,6 +516,9 @@ def test_drift_that_was_held_back_for_faulty_prices_is_told_once_they_are_right(
     assert (held.drifted, bool(held.faults), held.event_id) == (True, True, None)
     (row,) = [each for each in rows_of(settings, checks) if each["as_of"] == CRASH]
     assert (row["drifted"], row["alarmed"]) == (True, False)
+    (line,) = [each for each in rows_of(settings, audit) if each["kind"] == "skip"]
+    assert (line["subject"], line["who"]) == ("GOOG", "perennial.drift.detected")
+    assert "the newest prices cannot be right: stale" in line["reason"]
     told = monitor(symbol="GOOG", as_of=CRASH)  # the same newest prices, none of them missing
     assert told.event_id is not None
     (row,) = [each for each in rows_of(settings, checks) if each["as_of"] == CRASH]
