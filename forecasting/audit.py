@@ -16,8 +16,8 @@ from forecasting.store import audit, now
 
 Kind = Literal["alias", "trigger", "skip", "retrain", "verdict", "approval", "probation"]
 """What a line is of: an alias moved (or its move confirmed or undone); a retrain was asked for and
-began, was not let begin, or was not even asked for; it ended; the gate judged; a person was asked; a
-probation ended."""
+began, was not let begin, or was not even asked for; it ended; the gate judged; a person was asked;
+a probation ended."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from forecasting.store import exclude_writers, now, retrains
 
 COUNTED = ("promoted", "refused", "unchanged", "rolled-back")
 """States that start a cooldown; a failed or skipped retrain does not."""
+_UNTOLD = ("running", "failed")
+"""States of a retrain whose CPU time may not be known."""
 LOST_AFTER = timedelta(hours=5)
 """A retrain that runs longer was killed: the timeouts of its steps add up to less than four."""
 WEEK = timedelta(days=7)
@@ -39,8 +41,8 @@ class Limits:
     Attributes:
         cooldown_days: trading days between two retrains of one forecaster.
         runs: most retrains of all forecasters that start in a week; failed ones count.
-        cpu_minutes: CPU time of all retrains in a week after which none starts. What a killed one
-            spent is not known and counts as nothing; it counts as a run.
+        cpu_minutes: CPU time of all retrains in a week after which none starts. What one that runs
+            or was killed has spent is not known: it counts as much as the last that ended.
         clock: whether days pass on the wall or by the market days `as_of` of the requests.
         patience: how long a retrain may run until it counts as lost.
     """
@@ -323,11 +325,16 @@ def _others(connection: Connection, flow_run_id: str) -> list[_Line]:
         .where(retrains.c.state != "skipped", retrains.c.flow_run_id != flow_run_id)
         .order_by(retrains.c.created_at.desc())
     )
+    rows = connection.execute(query).mappings().all()
+    told = next((row["cpu_seconds"] for row in rows if row["cpu_seconds"] is not None), 0.0)
     lines = []
-    for row in connection.execute(query).mappings():
+    for row in rows:
         at: datetime = row["created_at"]  # SQLite gives it back without its zone
-        values = {"created_at": at.replace(tzinfo=at.tzinfo or UTC)}
-        lines.append(_Line(**{**row, **values, "cpu_seconds": row["cpu_seconds"] or 0.0}))
+        spent = row["cpu_seconds"]
+        if spent is None:
+            spent = told if row["state"] in _UNTOLD else 0.0
+        values = {"created_at": at.replace(tzinfo=at.tzinfo or UTC), "cpu_seconds": spent}
+        lines.append(_Line(**{**row, **values}))
     return lines
 
 

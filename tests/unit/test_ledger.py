@@ -290,6 +290,17 @@ def test_the_budget_of_cpu_minutes(engine):
     )
 
 
+def test_what_runs_or_was_killed_costs_as_much_as_the_last_that_ended(engine):
+    for symbol in ("AAPL", "IBM"):
+        retrained(engine, seconds=600, symbol=symbol)
+    claim(engine, run="in flight", symbol="MSFT")
+    assert not claim(engine, run="next", symbol="FB", cpu_minutes=31).skipped
+    assert "took 40.0 CPU minutes" in claim(engine, run="last", cpu_minutes=31).reason
+    moved_back(engine, ledger.LOST_AFTER + timedelta(minutes=1))
+    refused = claim(engine, run="later", symbol="MSFT", cpu_minutes=31)
+    assert "took 40.0 CPU minutes" in refused.reason, "of which two were killed"
+
+
 def test_the_week_slides_with_the_market_days(engine):
     for day in sessions_after(DAY, 3):  # Monday to Wednesday
         retrained(engine, day, cooldown_days=0, runs=3)
