@@ -20,6 +20,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bars import judge
 from benchmarks.markets import garch, louder
 from forecasting import breaks, drift
 from forecasting.settings import Settings
@@ -111,11 +112,7 @@ def main() -> int:
         table.add_row(name, *(f"{100 * value:.1f} %" for value in figures.values()))
     Console(width=130).print(table)
     figures = next(iter(rows.values()))
-    met = True
-    for name, (sense, bar) in BARS.items():
-        is_met = figures[name] <= bar if sense == "<=" else figures[name] >= bar
-        print(f"{name:26} {figures[name]:.3f}, {sense} {bar} {'ok' if is_met else 'MISSED'}")
-        met &= is_met
+    met = judge(figures, BARS)
     print(json.dumps(figures))
     return 0 if met else 1
 

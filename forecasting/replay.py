@@ -199,6 +199,7 @@ class Summary:
         days_per_minute: of the days without their retrains.
         losses: mean CRPS over the horizons by origin, for comparisons.
         retrained: days of the retrains, and what they came to.
+        megabytes: that its home holds in the end.
     """
 
     policy: str
@@ -217,12 +218,14 @@ class Summary:
     days_per_minute: float
     losses: pd.Series
     retrained: list[tuple[date, str]] = field(default_factory=list)
+    megabytes: float = 0.0
 
     def figures(self) -> dict[str, float]:
         """Those of one line of JSON, rounded."""
         names = (
             *("days", "crps", "coverage", "coverage95", "retrains", "promotions", "refusals"),
             *("skips", "rollbacks", "cpu_minutes", "watch_cpu_minutes", "wall_minutes"),
+            "megabytes",
         )
         return {name: round(getattr(self, name), 4) for name in names}
 
