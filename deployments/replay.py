@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from deployments.replay_full import play_full
+from deployments.stack import ALLOCATOR
 from forecasting.errors import ConfigError, PerennialError
 from forecasting.replay import POLICIES, Policy
 from forecasting.settings import PREFIX, load_settings
@@ -199,4 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if not ALLOCATOR.items() <= os.environ.items():  # the fast engine trains in this process
+        command = [sys.executable, "-m", "deployments.replay", *sys.argv[1:]]
+        os.execve(sys.executable, command, os.environ | ALLOCATOR)
     sys.exit(main())

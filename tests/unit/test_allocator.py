@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import yaml
 
 from deployments.stack import ALLOCATOR, PREFECT_FILE, Stack
 from tasks.cluster import _WORKER_ENVIRONMENT
+from tests.serving.running import until
 
 DEPLOYMENTS = yaml.safe_load(PREFECT_FILE.read_text())["deployments"]
 
@@ -42,6 +44,17 @@ def test_every_process_of_the_stack_is_started_with_it(tmp_path):
 
 def test_a_worker_of_the_search_is_started_with_it():
     assert _WORKER_ENVIRONMENT.items() >= ALLOCATOR.items()
+
+
+def test_a_replay_which_trains_in_its_own_process_starts_anew_with_it(tmp_path):
+    command = [sys.executable, "-m", "deployments.replay", "--policy", "never"]
+    environment = _without() | {"PERENNIAL_HOME": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        told = psutil.Process(process.pid)
+        try:
+            until(lambda: told.environ().items() >= ALLOCATOR.items(), "the allocator")
+        finally:
+            process.kill()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="variables of glibc")
