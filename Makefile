@@ -43,7 +43,7 @@ lint: $(STAMP) ## ruff, mypy strict, import contracts
 	$(BIN)/lint-imports --no-cache
 
 # Two files at a time, for half of a test's time is waiting for a server; the long ones come first.
-TWO := -n 2 --dist loadfile --no-loadscope-reorder
+TWO := -n 2 --dist loadfile --no-loadscope-reorder --durations 15 --durations-min 5
 
 .PHONY: test
 test: lint ## linters, types, import contracts and all tests but the slow ones
