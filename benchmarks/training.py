@@ -5,8 +5,8 @@ thread over the same tensors, and Lightning as its first page shows it, on all c
 our allocator and one thread); each in a fresh process, in an order that turns from round to round;
 the same network, windows, seed, batches and epochs, nobody stops early. Like is compared with like:
 our fit on one thread with the plain loop, which both come to the same weights; our fit as it is
-with Lightning as it is, which may not come to a better validation loss. Ratios are of the same
-round, their medians over the rounds. The last line is one JSON object.
+with Lightning as it is, at a validation loss as good. Ratios are of the same round, their medians
+over the rounds. The last line is one JSON object.
 """
 
 import argparse
