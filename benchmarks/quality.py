@@ -296,7 +296,7 @@ def _inside(returns: Array, quantiles: Array, mass: float) -> Array:
 
 
 def figures(scores: dict[tuple[str, str], Scores], symbol: str = SYMBOL) -> dict[str, list[float]]:
-    """What the JSON object tells: pairs of one and five days."""
+    """What the bars are held to: pairs of one and five days."""
     ours, walk, garch = (scores["walk-forward", name] for name in (OURS, RW, GARCH))
     fixed, walk250 = scores["fixed", OURS], scores["fixed", RW250]
     crash = np.arange(len(ours.crps)) < len(held_out(_parts("walk-forward")[0], symbol).origins)
@@ -318,7 +318,7 @@ def figures(scores: dict[tuple[str, str], Scores], symbol: str = SYMBOL) -> dict
         "tail_wf_vs_rw": ratio(ours.tails, walk.tails),
         "crps_fixed_vs_rw250": ratio(fixed.crps, walk250.crps),
     }
-    return {name: [round(float(values[h]), 4) for h in SHOWN] for name, values in found.items()}
+    return {name: [float(values[h]) for h in SHOWN] for name, values in found.items()}
 
 
 def is_met(name: str, pair: Sequence[float], ours: Scores) -> bool:
@@ -422,7 +422,7 @@ def compare(
 
 
 def tell(symbol: str, scores: dict[tuple[str, str], Scores]) -> tuple[dict[str, list[float]], bool]:
-    """Print tables and lines; the figures, and whether every bar is reached."""
+    """Print tables and lines; the figures, rounded, and whether they reach every bar unrounded."""
     console = Console(width=None if sys.stdout.isatty() else 140)
     for split in SPLITS:
         console.print(table(symbol, split, scores))
@@ -431,11 +431,12 @@ def tell(symbol: str, scores: dict[tuple[str, str], Scores]) -> tuple[dict[str, 
     found, ours = figures(scores, symbol), scores["walk-forward", OURS]
     print(margins(ours))
     met = {name: is_met(name, pair, ours) for name, pair in found.items()}
-    for name, pair in found.items():
+    rounded = {name: [round(value, 4) for value in pair] for name, pair in found.items()}
+    for name, pair in rounded.items():
         sense, bars = BARS[name]
         told = f"{pair[0]} / {pair[1]}, {sense} {bars[0]} / {bars[1]}"
         print(f"{name:22} {told} {'ok' if met[name] else 'MISSED'}")
-    return found, all(met.values())
+    return rounded, all(met.values())
 
 
 def main() -> int:

@@ -5,8 +5,8 @@ thread over the same tensors, and Lightning as its first page shows it, on all c
 our allocator and one thread); each in a fresh process, in an order that turns from round to round;
 the same network, windows, seed, batches and epochs, nobody stops early. Like is compared with like:
 our fit on one thread with the plain loop, which both come to the same weights; our fit as it is
-with Lightning as it is. Ratios are of the same round, their medians over the rounds. The last line
-is one JSON object.
+with Lightning as it is, at a validation loss as good. Ratios are of the same round, their medians
+over the rounds. The last line is one JSON object.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +39,12 @@ CONTESTANTS = {
     f"{PLAIN}, our environment": ("benchmarks.peers.training_lightning",),
 }
 BARS = {"vs_raw_loop": ("<=", 1.05), "vs_default_lightning": (">=", 2.0)}
+WORSE = 0.5
+"""By how many bp our validation CRPS may be above Lightning's: another order of sums moves it by up
+to 0.3."""
+
+Runs = Sequence[Mapping[str, float]]
+"""Of one contestant: `seconds` and `validation` of each round."""
 
 
 def windows() -> Splits:
@@ -78,29 +85,34 @@ def main() -> int:
             runs[name].append(found)
             told = f"{found['seconds']:.2f} s, validation CRPS {found['validation']:.3f} bp"
             print(f"round {number + 1}  {name}: {told}", file=sys.stderr)
-    table = Table(title=f"A fit of {options.epochs} epochs")
+    return 0 if tell(runs, options.epochs) else 1
+
+
+def tell(runs: Mapping[str, Runs], epochs: int) -> bool:
+    """Print table and figures; whether every bar is reached, at a validation loss as good."""
+    table = Table(title=f"A fit of {epochs} epochs")
     for column in ("", "seconds", "validation CRPS, bp"):
         table.add_column(column, justify="left" if not column else "right")
     for name, found in runs.items():
-        seconds, scores = ([each[key] for each in found] for key in ("seconds", "validation"))
-        middle = statistics.median(scores)
-        table.add_row(name, f"{statistics.median(seconds):.2f}", f"{middle:.3f}")
+        table.add_row(
+            name, f"{_median(found, 'seconds'):.2f}", f"{_median(found, 'validation'):.3f}"
+        )
     Console().print(table)
     figures = {
         "vs_raw_loop": _ratio(runs[ALONE], runs[RAW]),
         "vs_default_lightning": _ratio(runs[PLAIN], runs[OURS]),
     }
-    met = _are_same(runs[ALONE], runs[RAW])
+    met = all([_are_same(runs[ALONE], runs[RAW]), _is_as_good(runs[OURS], runs[PLAIN])])
     for name, value in figures.items():
         sense, bar = BARS[name]
         is_met = value <= bar if sense == "<=" else value >= bar
         print(f"{name:22} {value:.3f}, {sense} {bar} {'ok' if is_met else 'MISSED'}")
         met &= is_met
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
-    return 0 if met else 1
+    return met
 
 
-def _are_same(ours: list[dict[str, float]], raw: list[dict[str, float]]) -> bool:
+def _are_same(ours: Runs, raw: Runs) -> bool:
     """Whether both learned the same: a loop that does less is not one to be measured by."""
     scores = {each["validation"] for each in (*ours, *raw)}
     if len(scores) > 1:
@@ -108,7 +120,23 @@ def _are_same(ours: list[dict[str, float]], raw: list[dict[str, float]]) -> bool
     return len(scores) == 1
 
 
-def _ratio(above: list[dict[str, float]], below: list[dict[str, float]]) -> float:
+def _is_as_good(ours: Runs, plain: Runs) -> bool:
+    """Whether ours learned as much as Lightning: a fit that learns less is no faster one."""
+    mine, theirs = (_median(runs, "validation") for runs in (ours, plain))
+    as_good = mine <= theirs + WORSE
+    if not as_good:
+        print(
+            f"Our fit should come to a validation CRPS at most {WORSE} bp above {PLAIN}'s; "
+            f"it came to {mine:.3f} bp, {PLAIN} to {theirs:.3f}."
+        )
+    return as_good
+
+
+def _median(runs: Runs, key: str) -> float:
+    return statistics.median(each[key] for each in runs)
+
+
+def _ratio(above: Runs, below: Runs) -> float:
     pairs = zip(above, below, strict=True)
     return statistics.median(a["seconds"] / b["seconds"] for a, b in pairs)
 

@@ -1,7 +1,7 @@
 """`python -m tests.candidates HOME`: the way of `train` from prices to a candidate, in HOME.
 
 Settings come from the environment, as in a deployment; the tasks run without Prefect. It prints one
-JSON object: `dataset_md5`, sha256 of `model.onnx`, and `epochs` of the fit.
+JSON object: `dataset_md5`, sha256 of `model.onnx`, `kind`, and `history` and `epochs` of the fit.
 """
 
 import hashlib
@@ -30,6 +30,8 @@ def main() -> None:
     found = {
         "dataset_md5": md5,
         "sha256": hashlib.sha256(candidate.files[MODEL_FILE]).hexdigest(),
+        "kind": candidate.kind,
+        "history": candidate.history,
         "epochs": max(epoch for _, _, epoch in candidate.history),
     }
     print(json.dumps(found))

@@ -51,13 +51,15 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]
     homes = [tmp_path_factory.mktemp("home") for _ in range(2)]
     found = [_end(each)[0] for each in [_start(home) for home in homes]]
     assert not any((home / "work" / "fit" / KEY).exists() for home in homes)
+    # with the LSTM off, the graph would hold nothing of what was learned
+    assert {each["kind"] for each in found} == {"lstm"}
     return found
 
 
 def test_the_same_data_parameters_and_seed_give_the_same_bytes_in_two_empty_homes(candidates):
     first, second = candidates
     assert first == second
-    assert first["epochs"] > 1
+    assert len(first["history"]) == 2 * first["epochs"] > 2
 
 
 @pytest.mark.slow

@@ -43,7 +43,9 @@ def splits() -> Splits:
 
 @pytest.fixture(scope="module")
 def fitted(splits, tmp_path_factory) -> Fitted:
-    return fit(splits, CONFIG, 4, folder=tmp_path_factory.mktemp("fit"))
+    made = fit(splits, CONFIG, 4, folder=tmp_path_factory.mktemp("fit"))
+    assert made.kind == "lstm"  # else what is exported and compared would hold no LSTM
+    return made
 
 
 def _exported(fitted: Fitted, folder: Path) -> dict[str, bytes]:

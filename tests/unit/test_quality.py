@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,25 @@ from scipy.special import ndtri
 from benchmarks.environments import ENVIRONMENTS, PeerError, is_installed
 from benchmarks.peers.exchange import Task, added_up, answer, answered
 from benchmarks.quality import (
+    BARS,
     GARCH,
     HORIZON,
+    LAG,
     OFF,
     OURS,
     PARTS,
     RW,
     RW250,
     SCRIPTS,
+    SHOWN,
     SPLITS,
     SYMBOLS,
     Scores,
     ask,
+    contribution,
     figures,
     held_out,
+    is_met,
     splits,
     task,
     tell,
@@ -68,6 +74,44 @@ def test_scores_are_means_over_seeds_of_the_metrics():
     np.testing.assert_allclose(scores.coverage(0), np.mean(inside, axis=0))
     still = Scores.of([np.zeros(shape)], test.returns, test.last_close)
     np.testing.assert_array_equal(still.mae, 1.0)
+
+
+def drawn(returns: np.ndarray, width: float, seeds: int = 2) -> list[np.ndarray]:
+    """Sorted quantiles at random, for each seed."""
+    rng = np.random.default_rng(0)
+    shape = (*returns.shape, len(QUANTILE_LEVELS))
+    return [np.sort(rng.normal(0, width, shape), axis=-1) for _ in range(seeds)]
+
+
+def test_tails_and_coverage_are_what_slow_loops_come_to():
+    test = held_out(PARTS[0])
+    runs = drawn(test.returns, 0.01)
+    scores = Scores.of(runs, test.returns, test.last_close)
+    days = np.arange(len(test)) % 3 == 0
+    outer = [QUANTILE_LEVELS.index(level) for level in (0.025, 0.975)]
+    bounds = [[QUANTILE_LEVELS.index(level) for level in (0.1, 0.9)], outer]
+    for h in range(HORIZON):
+        losses, inside = [], [np.zeros(len(test)), np.zeros(len(test))]
+        for row, y in enumerate(test.returns[:, h]):
+            low, high = np.array([q[row, h, outer] for q in runs]).T
+            below = np.where(y >= low, 0.025 * (y - low), 0.975 * (low - y))
+            above = np.where(y >= high, 0.975 * (y - high), 0.025 * (high - y))
+            losses.append(1e4 * (below + above).mean() / 2)
+            for mass, (first, last) in enumerate(bounds):
+                held = [q[row, h, first] <= y <= q[row, h, last] for q in runs]
+                inside[mass][row] = np.mean(held)
+        np.testing.assert_allclose(scores.tails[:, h], losses)
+        for mass, shares in enumerate(inside):
+            assert scores.coverage(mass)[h] == pytest.approx(100 * shares.mean())
+            assert scores.coverage(mass, days)[h] == pytest.approx(100 * shares[days].mean())
+            apart, n = shares - shares.mean(), len(shares)
+            variance = sum(
+                (1 - abs(i - j) / (LAG + 1)) * apart[i] * apart[j]
+                for i in range(n)
+                for j in range(max(0, i - LAG), min(n, i + LAG + 1))
+            )
+            expected = 100 * np.sqrt(variance) / n
+            assert scores.coverage_error(mass, h) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: f"{part.split} {part.first}")
@@ -148,22 +192,23 @@ def test_independent_days_add_up_as_variances_do():
     np.testing.assert_allclose(total, np.tile(expected, (2, 1, 1)), atol=0.0015)
 
 
-def flat(name: str) -> dict[tuple[str, str], Scores]:
-    """The same even quantiles, every day."""
+@cache
+def flat_scores(split: str) -> Scores:
+    """Of the same even quantiles, every day."""
     spread = np.linspace(-0.05, 0.05, len(QUANTILE_LEVELS))
-    found = {}
-    for split in SPLITS:
-        parts = [held_out(part) for part in PARTS if part.split == split]
-        returns = np.concatenate([part.returns for part in parts])
-        close = np.concatenate([part.last_close for part in parts])
-        found[split, name] = Scores.of([np.tile(spread, (*returns.shape, 1))], returns, close)
-    return found
+    parts = [held_out(part) for part in PARTS if part.split == split]
+    returns = np.concatenate([part.returns for part in parts])
+    close = np.concatenate([part.last_close for part in parts])
+    return Scores.of([np.tile(spread, (*returns.shape, 1))], returns, close)
+
+
+def flat(*names: str) -> dict[tuple[str, str], Scores]:
+    """The same scores for everybody."""
+    return {(split, name): flat_scores(split) for name in names for split in SPLITS}
 
 
 def test_a_contestant_against_itself_is_as_good():
-    same = {}
-    for name in (OURS, RW, RW250, GARCH):
-        same |= flat(name)
+    same = flat(OURS, RW, RW250, GARCH)
     found = figures(same)
     assert found["crps_wf_vs_rw"] == found["crps_fixed_vs_rw250"] == [1.0, 1.0]
     assert found["dm_t_vs_garch"] == [0.0, 0.0]
@@ -171,14 +216,79 @@ def test_a_contestant_against_itself_is_as_good():
 
 
 def test_what_is_told_names_symbol_contestants_and_missed_bars(capsys):
-    same = {}
-    for name in (RW, RW250, GARCH, OFF, OURS):
-        same |= flat(name)
+    same = flat(RW, RW250, GARCH, OFF, OURS)
     found, met = tell("GOOG", same)
     told = capsys.readouterr().out
-    assert found == figures(same)
+    assert list(found) == list(figures(same)) == list(BARS)
     assert not met
     assert "GOOG, fixed" in told
     assert "GOOG, walk-forward" in told
     assert all(told.count(name) >= 2 for name in (RW, RW250, GARCH, OFF, OURS))
     assert "crps_wf_vs_rw          1.0 / 1.0, <= 0.973 / 0.98 MISSED" in told
+
+
+def test_the_crash_is_the_days_of_2008():
+    parts = [held_out(part) for part in PARTS if part.split == "walk-forward"]
+    returns = np.concatenate([part.returns for part in parts])
+    close = np.concatenate([part.last_close for part in parts])
+    crash = np.concatenate([part.origins for part in parts]).astype("datetime64[Y]") == (
+        np.datetime64("2008")
+    )
+    assert 200 < crash.sum() < 260
+    same = flat(OURS, RW, RW250, GARCH)
+    runs = drawn(returns, 0.02)
+    found = figures(same | {("walk-forward", OURS): Scores.of(runs, returns, close)})
+    for name, mass in (("cover80", 0.8), ("cover95", 0.95)):
+        for days, figure in ((crash, f"{name}_2008"), (slice(None), f"{name}_wf")):
+            shares = [metrics.coverage(returns[days], q[days], QUANTILE_LEVELS, mass) for q in runs]
+            expected = 100 * np.mean(shares, axis=0)
+            assert found[figure] == pytest.approx([expected[h] for h in SHOWN])
+
+
+def test_what_the_lstm_adds_is_told_over_the_baseline_with_the_range_of_the_seeds():
+    ours, off = flat(OURS), flat(OFF)
+    seeds = np.array([[90.0, 1, 1, 1, 200], [92.0, 1, 1, 1, 206], [91.0, 1, 1, 1, 203]])
+    for split in SPLITS:
+        theirs = off[split, OFF]
+        noise = np.random.default_rng(1).normal(0.97, 0.1, theirs.crps.shape)
+        ours[split, OURS] = replace(ours[split, OURS], crps=theirs.crps * noise, seeds=seeds)
+    lines = list(contribution(ours | off))
+    assert len(lines) == 4
+    for line, (split, days, h) in zip(
+        lines,
+        [(split, days, h) for split in SPLITS for days, h in (("1 day:", 0), ("5 days:", 4))],
+        strict=True,
+    ):
+        mine, base = ours[split, OURS].crps[:, h], off[split, OFF].crps[:, h]
+        _, low, high = metrics.relative_ci(mine, base, LAG)
+        assert line.startswith(f"{split}, {days} the LSTM changes")
+        assert f"by {mine.mean() / base.mean() - 1:+.2%} (95 % interval {low:+.2%} to" in line
+        assert f"to {high:+.2%})" in line
+    assert "seeds 90.00 to 92.00 bp, standard deviation 0.82" in lines[0]
+    assert "seeds 200.00 to 206.00 bp, standard deviation 2.45" in lines[1]
+
+
+@pytest.mark.parametrize("name", BARS)
+def test_a_bar_is_reached_by_both_figures_or_missed(name):
+    (sense, bars), even = BARS[name], flat_scores("walk-forward")
+    near, far, signs = [0.0, 0.0], [1e-5, 1e-5], {"<=": (1,), ">=": (-1,)}.get(sense, (1, -1))
+    if len(signs) == 2:
+        errors = [even.coverage_error(int("95" in name), h) for h in SHOWN]
+        assert min(errors) > 0
+        near, far = ([share * error for error in errors] for share in (1.99, 2.01))
+    for sign in signs:
+        (a, b), (c, d) = ([bars[i] + sign * step[i] for i in (0, 1)] for step in (near, far))
+        assert is_met(name, [a, b], even)
+        assert not is_met(name, [c, b], even)
+        assert not is_met(name, [a, d], even)
+
+
+@pytest.mark.parametrize(("ratio", "told"), [(0.97304, "MISSED"), (0.97296, "ok")])
+def test_bars_are_held_against_what_is_not_rounded(capsys, ratio, told):
+    same = flat(RW, RW250, GARCH, OFF, OURS)
+    walk = same["walk-forward", RW]
+    same["walk-forward", OURS] = replace(same["walk-forward", OURS], crps=walk.crps * ratio)
+    found, _ = tell("GOOG", same)
+    assert found["crps_wf_vs_rw"] == [round(ratio, 4)] * 2
+    line = f"crps_wf_vs_rw          {round(ratio, 4)} / {round(ratio, 4)}, <= 0.973 / 0.98 {told}"
+    assert line in capsys.readouterr().out
