@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import quality
+from benchmarks.bars import judge
 from deployments.stack import ALLOCATOR
 from forecasting.hyperparameters import ModelConfig
 from forecasting.settings import Settings
@@ -102,12 +103,8 @@ def tell(runs: Mapping[str, Runs], epochs: int) -> bool:
         "vs_raw_loop": _ratio(runs[ALONE], runs[RAW]),
         "vs_default_lightning": _ratio(runs[PLAIN], runs[OURS]),
     }
-    met = all([_are_same(runs[ALONE], runs[RAW]), _is_as_good(runs[OURS], runs[PLAIN])])
-    for name, value in figures.items():
-        sense, bar = BARS[name]
-        is_met = value <= bar if sense == "<=" else value >= bar
-        print(f"{name:22} {value:.3f}, {sense} {bar} {'ok' if is_met else 'MISSED'}")
-        met &= is_met
+    same, as_good = _are_same(runs[ALONE], runs[RAW]), _is_as_good(runs[OURS], runs[PLAIN])
+    met = judge(figures, BARS) and same and as_good
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
     return met
 
