@@ -1,6 +1,5 @@
 """What the figures of a benchmark are held against."""
 
-import sys
 from collections.abc import Mapping
 from typing import TextIO
 
@@ -13,8 +12,8 @@ def is_met(value: float, sense: str, bar: float) -> bool:
     return value <= bar if sense == "<=" else value >= bar
 
 
-def judge(figures: Mapping[str, float], bars: Bars, file: TextIO = sys.stdout) -> bool:
-    """Print every bar with its figure; whether all are met."""
+def judge(figures: Mapping[str, float], bars: Bars, file: TextIO | None = None) -> bool:
+    """Print every bar with its figure, to stdout if to no file; whether all are met."""
     met = {name: is_met(figures[name], *bar) for name, bar in bars.items()}
     for name, (sense, bar) in bars.items():
         told = "ok" if met[name] else "MISSED"
