@@ -338,8 +338,8 @@ def fit(
             windows or another configuration is left aside, and the fit starts anew.
         accelerator: as Lightning names it; `auto` is a GPU if there is one, else the CPU.
         workers: processes (on a GPU machine: GPUs) that share each batch.
-        threads: of one worker on a CPU, that share each batch as well; another number of them
-            rounds in another way, and comes to weights as good.
+        threads: of a single worker on a CPU, that share each batch; another number of them rounds
+            in another way, and comes to weights as good. Of several workers each has one.
 
     Raises:
         TrainingError: the loss is no longer a finite number, or a worker was lost.

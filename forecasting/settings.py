@@ -107,7 +107,10 @@ class Settings(BaseSettings):
         1, ge=1, description="Processes, or GPUs, that share the final fit; for large panels."
     )
     fit_threads: int = Field(
-        2, ge=1, description="Threads of one process on a CPU that share each batch of that fit."
+        2,
+        ge=1,
+        description="Threads that share each batch of that fit on a CPU; with several workers each "
+        "has one.",
     )
     accelerator: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="What the final fit runs on; auto: a GPU if there is one."

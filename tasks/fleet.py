@@ -63,7 +63,8 @@ def make(job: Job) -> Made:
     """
     from forecasting.contest import gather
 
-    settings = job.settings.model_copy(update={"fit_threads": 1})  # others have the other cores
+    # others have the other cores
+    settings = job.settings.model_copy(update={"fit_workers": 1, "fit_threads": 1})
     (symbol, *_) = job.frames
     own, *peers = (
         make_windows(frame, settings.context, settings.horizon) for frame in job.frames.values()
