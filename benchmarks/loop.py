@@ -105,7 +105,7 @@ class Figures:
 
     def add(self, name: str, value: float, taken: list[float]) -> None:
         """Note one figure and the single measurements behind it."""
-        self.values[name] = round(value, 3)
+        self.values[name] = value
         spread = f"{min(taken):.3f} to {max(taken):.3f}, {len(taken)} taken" if taken else ""
         print(f"{name:24} {value:9.3f}   {' '.join(map(str, BARS[name]))}   {spread}", flush=True)
 
@@ -143,7 +143,7 @@ def main() -> int:
             _drift(figures, stack, api, settings, weak)
             _rollback(figures, stack, api, registry)
     met = judge(figures.values, BARS)
-    print(json.dumps(figures.values))
+    print(json.dumps({name: round(value, 3) for name, value in figures.values.items()}))
     return 0 if met else 1
 
 

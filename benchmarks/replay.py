@@ -336,10 +336,13 @@ def main() -> int:
     reports = home / "reports"
     reports.mkdir(parents=True, exist_ok=True)
     draw({market: every[market.name] for market in chosen}, reports / "replay.svg")
-    told = {
-        "days_per_minute": round(next(iter(every.values()))["never"].days_per_minute, 1),
+    measured = {
+        "days_per_minute": next(iter(every.values()))["never"].days_per_minute,
         **drift_figures(options.series),
-        "minutes": round((time.monotonic() - began) / 60, 1),
+        "minutes": (time.monotonic() - began) / 60,  # of this run, if it went on after another
+    }
+    told = {
+        **{name: round(value, 4) for name, value in measured.items()},
         "policies": {policy: each.figures() for policy, each in next(iter(every.values())).items()},
         "claims": {name: claim(found) for name, found in every.items()},
         "loop": {name: claim(found, "loop") for name, found in every.items() if "loop" in found},
@@ -349,7 +352,7 @@ def main() -> int:
             if market.changed
         },
     }
-    met = judge(told, BARS, sys.stderr)  # minutes: of this run, where one went on after another
+    met = judge(measured, BARS, sys.stderr)
     (reports / "replay.json").write_text(json.dumps(told, indent=1))
     print(f"plots: {reports / 'replay.svg'}", file=sys.stderr)
     print(json.dumps(told))

@@ -4,7 +4,6 @@ With them come the schedule of `daily`, switched off, and the limit of the queue
 are made once, and stay as somebody changes them.
 """
 
-from collections.abc import Set
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -179,13 +178,11 @@ def _notifications(webhook: UUID, settings: Settings) -> list[AutomationCore]:
     failures = settings.notify_failures
     told = {DataFaulty.name, DataRejected.name, DataMissing.name}
     triggers = {
-        # the first counts from each end of a monitor, the second where there has been none
-        "the monitor has fallen silent": _silence(settings, after={_COMPLETED}),
         "no monitor has completed": _silence(settings),
         "prices are missing, stale, faulty or refused": _each(told),
         "a deployment fails again and again": EventTrigger(
             expect={"prefect.flow-run.Failed", "prefect.flow-run.Crashed"},
-            match_related=_OURS,
+            match_related=[{"prefect.resource.role": "deployment"}, _OURS],
             for_each={"related:deployment:prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=failures,
@@ -215,10 +212,10 @@ _OURS: dict[str, str | list[str]] = {
 }
 
 
-def _silence(settings: Settings, after: Set[str] = frozenset()) -> EventTrigger:
-    """Fire where no monitor completes for too long."""
+def _silence(settings: Settings) -> EventTrigger:
+    """Fire where no monitor completes for too long, counted from the last one that did."""
     return EventTrigger(
-        after=set(after),
+        after={_COMPLETED},  # without it windows of that length would follow on each other
         expect={_COMPLETED},
         match_related=[
             {"prefect.resource.role": "flow", "prefect.resource.name": "monitor"},

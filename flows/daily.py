@@ -103,7 +103,7 @@ def _one_day(
 
     Of the newest session prices may still come: a symbol without them is watched, and not done.
     """
-    with telling_missing(settings, symbols, day):
+    with telling_missing(settings, symbols, result.until):  # not the oldest that is missing
         version = ingest_prices(settings, symbols, day)
     late = [each for each in symbols if last_known(settings, each, day, version.md5) < day]
     served = {symbol for held in in_production(open_registry(settings)) for symbol in held.symbols}

@@ -39,7 +39,14 @@ from tasks.monitor import (
     was_alarmed,
     withhold,
 )
-from tasks.performance import Served, alarm_degraded, record_scores, score_forecasts, watch_served
+from tasks.performance import (
+    Served,
+    alarm_degraded,
+    is_untold,
+    record_scores,
+    score_forecasts,
+    watch_served,
+)
 from tasks.probation import Scene, is_giving_way, watch
 from tasks.steps import flow_run_id
 
@@ -182,12 +189,10 @@ def _check(
     if fares.degraded and tells:
         seen.degraded_event_id = alarm_degraded(engine, fares)
     end = newest.recent_end
-    silenced = {DriftDetected.name: newest.drifted and not known}
-    silenced |= {PerformanceDegraded.name: fares.degraded}
-    if held_back and any(silenced.values()):
-        withhold(
-            engine, version, symbol, end, [n for n, is_so in silenced.items() if is_so], held_back
-        )
+    if held_back:
+        untold = [DriftDetected.name] if newest.drifted and not known else []
+        untold += [PerformanceDegraded.name] if is_untold(engine, fares) else []
+        withhold(engine, version, symbol, end, untold, held_back)
     seen.provisional = not fares.as_good_as_walk and is_provisional(registry, contract, version)
     if tells and seen.provisional and fares.strongest and not fares.degraded:
         seen.provisional_event_id = alarm_provisional(

@@ -66,6 +66,13 @@ def add(
     )
 
 
+def says(connection: Connection, kind: Kind, subject: str, who: str, reason: str) -> bool:
+    """Whether there is such a line already."""
+    wanted = {"kind": kind, "subject": subject, "who": who[:200], "reason": reason}
+    query = select(audit.c.number).filter_by(**wanted).limit(1)
+    return connection.execute(query).first() is not None
+
+
 def read(
     engine: Engine, subject: str | None = None, since: datetime | None = None
 ) -> Iterator[Entry]:

@@ -42,7 +42,7 @@ class Limits:
         cooldown_days: trading days between two retrains of one forecaster.
         runs: most retrains of all forecasters that start in a week; failed ones count.
         cpu_minutes: CPU time of all retrains in a week after which none starts. What one that runs
-            or was killed has spent is not known: it counts as much as the last that ended.
+            or was killed has spent is not known: it counts as much as the newest that ended.
         clock: whether days pass on the wall or by the market days `as_of` of the requests.
         patience: how long a retrain may run until it counts as lost.
     """

@@ -199,7 +199,7 @@ class Summary:
         days_per_minute: of the days without their retrains.
         losses: mean CRPS over the horizons by origin, for comparisons.
         retrained: days of the retrains, and what they came to.
-        megabytes: that its home holds in the end.
+        megabytes: that its home holds in the end; files of MLflow's runs lie beside it.
     """
 
     policy: str

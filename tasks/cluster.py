@@ -74,7 +74,7 @@ def spread(
     flying: dict[Any, T] = {}
     # on a Ray of one's own the next ones lie ready for a worker that is done
     room = settings.concurrency * (1 if settings.ray_address else 2)
-    with memory() as folder, running(settings, folder, warm=warm):
+    with short_lived() as folder, running(settings, folder, warm=warm):
         remote = ray.remote(num_cpus=1, max_retries=RETRIES)(work)
         while True:
             for item in islice(waiting, room - len(flying)):
@@ -93,8 +93,8 @@ def spread(
 
 
 @contextmanager
-def memory() -> Iterator[Path]:
-    """A short-lived folder in memory where there is room, since Ray and Tune write a lot."""
+def short_lived() -> Iterator[Path]:
+    """A folder for Ray and Tune, which write a lot: in memory, where there is room."""
     shared = Path("/dev/shm")
     sweep(shared, _SCRATCH, kept_seconds=0)  # what a killed search holds there is memory
     roomy = shared.is_dir() and shutil.disk_usage(shared).free > 4 * _OBJECT_STORE

@@ -319,18 +319,18 @@ def alarm(
 def withhold(
     engine: Engine, version: int, symbol: str, day: date, found: Sequence[str], why: str
 ) -> None:
-    """Write into the audit which events were not told of a check, and why."""
+    """Write into the audit, once, which events were not told of a check, and why."""
+    reason = f"As of {day} the monitor told nobody: {why}"
     with engine.begin() as connection:
         for name in found:
-            audit.add(
-                connection,
-                "skip",
-                symbol,
-                version=version,
-                who=name,
-                reason=f"The monitor told nobody: {why}",
-                details={"as_of": day.isoformat(), "flow_run_id": flow_run_id()},
-            )
+            if not audit.says(connection, "skip", symbol, name, reason):
+                audit.add(
+                    *(connection, "skip", symbol),
+                    who=name,
+                    reason=reason,
+                    version=version,
+                    details={"as_of": day.isoformat(), "flow_run_id": flow_run_id()},
+                )
 
 
 @task(name="alarm-aged", cache_policy=NO_CACHE, retries=2, retry_delay_seconds=2)

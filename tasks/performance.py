@@ -181,5 +181,16 @@ def alarm_degraded(engine: Engine, found: Performance) -> UUID:
 
     As with drift, what a cooldown skipped is asked for again while it holds.
     """
-    same = f"{found.symbol} {found.as_of} {found.forecaster} {found.version}"
-    return events.put_once(engine, found.event(), same=same)
+    return events.put_once(engine, found.event(), same=_same(found))
+
+
+def is_untold(engine: Engine, found: Performance) -> bool:
+    """Whether forecasts have degraded and `alarm_degraded` has not said so."""
+    with engine.connect() as connection:
+        return found.degraded and not events.was_put(
+            connection, events.PerformanceDegraded, _same(found)
+        )
+
+
+def _same(found: Performance) -> str:
+    return f"{found.symbol} {found.as_of} {found.forecaster} {found.version}"

@@ -115,7 +115,7 @@ def run_search(
     began = time.monotonic()
     board = _Board(study, settings, splits, on_trial, on_progress)
     if board.has_room():
-        with cluster.memory() as folder, cluster.running(settings, folder), _lean():
+        with cluster.short_lived() as folder, cluster.running(settings, folder), _lean():
             tune.Tuner(
                 tune.with_parameters(run_trial, splits=splits, settings=settings.for_workers()),
                 tune_config=tune.TuneConfig(

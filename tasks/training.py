@@ -79,7 +79,7 @@ def search(
 
     if is_plain():
         return _searched(settings, splits, parent_run, tags, key)
-    with cluster.memory() as scratch, cluster.running(settings, scratch, ("tasks.progress",)):
+    with cluster.short_lived() as scratch, cluster.running(settings, scratch, ("tasks.progress",)):
         return _searched(settings, splits, parent_run, tags, key)
 
 

@@ -18,7 +18,7 @@ def main() -> int:
     """Search and tell."""
     trials, epochs, windows = map(int, sys.argv[1:])
     meanwhile = ("tasks.search", "benchmarks.search")
-    with tempfile.TemporaryDirectory() as name, cluster.memory() as scratch:
+    with tempfile.TemporaryDirectory() as name, cluster.short_lived() as scratch:
         home = Path(name)
         settings = load_settings(home=home, trials=trials, epochs=epochs, folds=1, seed=SEED)
         with cluster.running(settings, scratch, meanwhile):

@@ -201,6 +201,9 @@ def test_prices_that_come_late_are_waited_for(feed):
 
 
 def test_a_source_that_gives_nothing_is_told_once_a_day_and_made_up_for(feed):
+    feed.write(99)
+    assert daily(symbols=["TEST"], as_of=feed.day(99)).done == [feed.day(99)]
+    feed.path.unlink()
     asked = {"symbols": ["TEST"], "as_of": feed.day(100)}
     for flow in (daily, daily, ingest):
         with pytest.raises(SourceError, match=r"TEST\.csv"):
@@ -213,7 +216,8 @@ def test_a_source_that_gives_nothing_is_told_once_a_day_and_made_up_for(feed):
         daily(symbols=["TEST"], as_of=feed.day(101))
     assert len(rows_of(feed.settings, outbox)) == 2
     feed.write(102)
-    assert daily(symbols=["TEST"], as_of=feed.day(101)).done == [feed.day(101)]
+    made_up = [feed.day(100), feed.day(101)]
+    assert daily(symbols=["TEST"], as_of=feed.day(101)).done == made_up
 
 
 def test_refused_prices_stop_the_round_until_they_are_put_right(feed):

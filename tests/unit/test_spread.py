@@ -12,7 +12,7 @@ from ray._private.node import Node
 
 from forecasting.errors import TrainingError
 from forecasting.settings import load_settings
-from tasks.cluster import RETRIES, memory, running, spread
+from tasks.cluster import RETRIES, running, short_lived, spread
 
 
 def squared(number: int) -> int:
@@ -72,7 +72,7 @@ def test_a_worker_that_waits_is_kept_and_nothing_runs_that_nobody_asks(tmp_path)
     settings = load_settings(home=tmp_path, concurrency=2)
     methods = dict(vars(Node))
     one, both = (ray.remote(num_cpus=cpus)(pid_after) for cpus in (1, 2))
-    with memory() as folder, running(settings, folder):
+    with short_lived() as folder, running(settings, folder):
         workers = set(ray.get([one.remote(1.0), one.remote(1.0)]))
         assert len(workers) == 2
         # with no CPU to spare, Ray ends after a second what has nothing to do, or imports

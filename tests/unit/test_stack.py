@@ -1,6 +1,7 @@
 """The local stack's own machinery, with tiny real processes in the place of the servers."""
 
 import json
+import importlib
 import os
 import socket
 import subprocess
@@ -126,6 +127,12 @@ def test_path_is_kept_behind_the_environments_own_commands(tmp_path, monkeypatch
     first, *rest = Stack(tmp_path).environment()["PATH"].split(os.pathsep)
     assert Path(first) == Path(sys.executable).parent
     assert rest == ["/some/where", "/else"]
+
+
+def test_leases_are_kept_where_a_server_that_is_killed_finds_them(tmp_path):
+    environment = Stack(tmp_path).environment()
+    kept = importlib.import_module(environment["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"])
+    assert kept.ConcurrencyLeaseStorage().storage_path.is_relative_to(os.environ["PREFECT_HOME"])
 
 
 def test_extra_variables_win_over_everything(tmp_path):
