@@ -1,7 +1,7 @@
 """The local stack's own machinery, with tiny real processes in the place of the servers."""
 
-import json
 import importlib
+import json
 import os
 import socket
 import subprocess
