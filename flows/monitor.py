@@ -102,8 +102,8 @@ def monitor(
         symbol: whose prices, and whose forecaster: its own or one that serves it with others.
         as_of: the day it pretends to be; today if absent.
         since: checks after this day are made up for; the last recorded check if absent.
-        alarms: whether drift and degraded forecasts are told; false for a day that is made up for,
-            of which a later day says what is true now.
+        alarms: whether drift and degraded forecasts are told, and a person is asked to approve a
+            rollback; false for a day that is made up for: a later day says what is true now.
 
     Raises:
         RegistryError: nothing is in production yet.
@@ -142,7 +142,9 @@ def monitor(
                 f"Nothing to check: on {day} no prices of {symbol} after {after} are known."
             )
         if not seen.faults:  # nobody is judged by prices that cannot be right
-            scene = Scene(settings, registry, engine, forecaster, symbols, day, session, md5)
+            scene = Scene(
+                *(settings, registry, engine, forecaster, symbols, day, session, md5), asks=alarms
+            )
             seen.probation = watch(scene)
     get_run_logger().info(seen.summary)
     return seen

@@ -44,6 +44,7 @@ class Scene:
         as_of: the day it pretends to be; what came true later is not looked at.
         session: newest session that is known then.
         md5: dataset version that holds the prices of the symbols.
+        asks: whether a person is asked; not on a day that is made up for, whose next one asks.
     """
 
     settings: Settings
@@ -54,6 +55,7 @@ class Scene:
     as_of: date
     session: date
     md5: str
+    asks: bool = True
 
 
 def watch(scene: Scene) -> str:
@@ -77,9 +79,11 @@ def watch(scene: Scene) -> str:
         watched = look(scene, watched)
     if not watched.condemned:
         return _told(watched)
-    if scene.settings.approval:
-        return condemn(scene, watched)
-    return roll_back(scene, watched)
+    if not scene.settings.approval:
+        return roll_back(scene, watched)
+    if not scene.asks:
+        return f"{_told(watched)} The day is made up for; a later one asks a person."
+    return condemn(scene, watched)
 
 
 def is_giving_way(engine: Engine, forecaster: str, version: int) -> bool:

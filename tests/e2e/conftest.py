@@ -1,4 +1,4 @@
-"""One real stack for all end-to-end tests, started and stopped as `make up` and Ctrl-C do."""
+"""One real stack for the story of the loop, started and stopped as `make up` and Ctrl-C do."""
 
 import os
 import signal
@@ -51,11 +51,11 @@ class Up:
 
 @pytest.fixture(scope="package")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Stack:
-    """Where everything is; `up` starts it."""
+    """Where everything is; who needs it running uses `up`."""
     return Stack(tmp_path_factory.mktemp("stack"), Ports.free(), extra=QUICK)
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="package")
 def up(stack: Stack) -> Iterator[Up]:
     log = stack.home / "up.log"
     ports = {

@@ -20,21 +20,19 @@ from sqlalchemy import select
 from deployments.automations import Targets, automations
 from deployments.prefect_api import PrefectApi, Run
 from deployments.stack import PREFECT_FILE, Stack
-from forecasting import costs, datasets, promotion
-from forecasting.contract import read_contract
+from forecasting import costs, datasets
 from forecasting.events import DriftDetected
 from forecasting.registry import PREVIOUS, PRODUCTION, Registry, open_registry
 from forecasting.settings import Settings, load_settings
 from forecasting.store import engine_of, predictions, retrains
 from tests.clients import asking
 from tests.e2e.conftest import Up
-from tests.models import write_model_folder
+from tests.e2e.planted import NAME, plant
 from tests.serving.running import until
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420), pytest.mark.usefixtures("up")]
 
 README = PREFECT_FILE.parent / "README.md"
-NAME = "perennial-goog"
 TRAINED = date(2007, 1, 31)
 CALM = date(2007, 2, 27)  # too soon after the training for another one
 CRASH = date(2008, 10, 31)
@@ -127,15 +125,9 @@ def test_a_calm_market_starts_nothing(stack: Stack, api: PrefectApi, settings: S
 
 @pytest.fixture(scope="module")
 def weak_model(settings: Settings, registry: Registry, tmp_path_factory: Any) -> int:
-    """A forecaster that is a tenth off the price, put into production by hand as version 2."""
-    held = registry.download(NAME, 1, tmp_path_factory.mktemp("held"))
-    good, folder = read_contract(held), tmp_path_factory.mktemp("weak")
-    write_model_folder(folder, scale=1.1, dataset_md5=good.dataset_md5, as_of=good.as_of)
-    version = registry.register(folder, NAME, registry.start_run("planted", {}))
+    """Version 2, a tenth off the price."""
     with engine_of(settings.sql_url) as engine:
-        done = promotion.promote(settings, registry, engine, NAME, version, "test", "planted")
-    assert done.confirmed
-    return version
+        return plant(settings, registry, engine, tmp_path_factory.mktemp("weak"), TRAINED)
 
 
 def wait_retrain(api: PrefectApi) -> Run:

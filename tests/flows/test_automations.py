@@ -2,15 +2,11 @@
 
 import importlib
 import inspect
-import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -63,6 +59,7 @@ from forecasting.store import engine_of, retrains
 from tasks.events import deliver
 from tests.flows.support import configured, rows_of
 from tests.serving.running import until
+from tests.webhook import Receiver, receiving
 
 STARTED = (retrain, daily, rollback)
 FILE = yaml.safe_load(PREFECT_FILE.read_text())
@@ -513,44 +510,10 @@ def test_of_twenty_drift_events_at_once_one_trains(
     assert trained["cpu_seconds"] > 1
 
 
-@dataclass
-class Receiver:
-    """Somebody's webhook: what was sent to it."""
-
-    messages: list[dict[str, Any]] = field(default_factory=list)
-    types: set[str | None] = field(default_factory=set)
-
-    def await_all(self, names: set[str], seconds: float = 60) -> None:
-        """Return once each of the automations has told something."""
-        deadline = time.monotonic() + seconds
-        while missing := names - {each["automation"] for each in self.messages}:
-            assert time.monotonic() < deadline, f"not told: {sorted(missing)}"
-            time.sleep(0.1)
-
-
 @pytest.fixture
-def receiver() -> Iterator[tuple[Receiver, str]]:
-    """A real HTTP server, and its address."""
-    made = Receiver()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            made.types.add(self.headers["Content-Type"])
-            made.messages.append(json.loads(body))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield made, f"http://127.0.0.1:{server.server_port}/hook"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+def receiver() -> Iterator[Receiver]:
+    with receiving() as made:
+        yield made
 
 
 @flow(name="monitor")
@@ -563,11 +526,13 @@ def test_a_person_is_told_through_the_webhook(
     client: SyncPrefectClient,
     targets: Targets,
     settings: Settings,
-    receiver: tuple[Receiver, str],
+    receiver: Receiver,
 ) -> None:
-    made, url = receiver
     hours = 11 / 3600  # Prefect takes no less than ten seconds
-    apply(client, load_settings(notify_url=url, notify_silence_hours=hours, notify_failures=2))
+    apply(
+        client,
+        load_settings(notify_url=receiver.url, notify_silence_hours=hours, notify_failures=2),
+    )
     faulty = DataFaulty(
         symbol="GOOG", as_of=date(2008, 10, 24), faults=('stale: "none" came',), dataset_md5="d"
     )
@@ -583,9 +548,9 @@ def test_a_person_is_told_through_the_webhook(
     with tags(TAG):
         lost = watched(return_state=True).state_details.flow_run_id
     client.set_flow_run_state(lost, Crashed(message="gone"), force=True)
-    made.await_all({*TOLD})
-    assert made.types == {"application/json"}
-    by_name = {each["automation"]: each for each in made.messages}
+    receiver.await_all({*TOLD})
+    assert receiver.types == {"application/json"}
+    by_name = {each["automation"]: each for each in receiver.messages}
     stale = by_name["perennial: tell that prices are missing, stale, faulty or refused"]
     assert stale["event"] == "perennial.data.faulty"
     assert stale["payload"]["faults"] == ['stale: "none" came']
@@ -603,19 +568,18 @@ def test_silence_is_counted_from_the_last_monitor(
     client: SyncPrefectClient,
     targets: Targets,
     settings: Settings,
-    receiver: tuple[Receiver, str],
+    receiver: Receiver,
 ) -> None:
-    made, url = receiver
     seconds = 16
-    apply(client, load_settings(notify_url=url, notify_silence_hours=seconds / 3600))
+    apply(client, load_settings(notify_url=receiver.url, notify_silence_hours=seconds / 3600))
     for _ in range(3):  # together they last longer than the silence that is told
         with tags(TAG):
             completes()
         ended = time.monotonic()
         until(lambda ended=ended: time.monotonic() - ended > seconds / 2, "half of it", seconds)
-        assert SILENT not in {each["automation"] for each in made.messages}
+        assert SILENT not in {each["automation"] for each in receiver.messages}
     completes()  # without the tag it is somebody else's
-    made.await_all({SILENT})
+    receiver.await_all({SILENT})
     assert seconds - 1 < time.monotonic() - ended < 1.45 * seconds
-    (told,) = [each for each in made.messages if each["automation"] == SILENT]
+    (told,) = [each for each in receiver.messages if each["automation"] == SILENT]
     assert told["run"], "the last that completed"

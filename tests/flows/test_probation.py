@@ -172,6 +172,9 @@ def asked_to_roll_back(settings: Settings, watched: Probation, **form: object) -
 def test_a_person_decides_on_a_rollback_where_one_has_to_approve(settings, registry, engine):
     promote(settings, registry, engine, 1, 2)
     with configured(settings.home, probation_days=20, approval=True) as asked:
+        made_up = monitor(symbol="GOOG", as_of=SESSIONS[12], alarms=False)
+        assert "The day is made up for; a later one asks a person." in made_up.probation
+        assert rows_of(asked, outbox)[-1]["name"] != ModelCondemned.name
         for _ in range(2):
             told = look_at(asked, registry, engine, SESSIONS[12])
             assert "A person is asked whether to roll it back." in told
