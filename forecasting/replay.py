@@ -33,6 +33,8 @@ MONTH, QUARTER = 21, 63
 """Market days; longer than the cooldown that is set by default."""
 DAY, RETRAIN = WHOLE, "retrain"
 """Lines of `costs`: of a market day without its retrain, and of a retrain."""
+WATCHING = ("forecast", "monitor")
+"""Flows of a market day whose lines say what the home grew by."""
 NOT_RUN = ("skipped", "running", "rolled-back")
 """States of the ledger that are no retrain; the last holds one back after a rollback."""
 SOURCES = ("batch",)
@@ -156,6 +158,8 @@ def end_day(
     engine: Engine, policy: str, symbol: str, day: date, told: Sequence[Outgoing], meter: Meter
 ) -> None:
     """A market day is done, and its events are heard, both or neither."""
+    inside = costs.c.as_of == day, costs.c.flow.in_(WATCHING)
+    grown = select(func.coalesce(func.sum(costs.c.bytes), 0)).where(*inside).scalar_subquery()
     with engine.begin() as connection:
         ids = [str(event.id) for event in told]
         heard = {"delivered_at": now(), "attempts": outbox.c.attempts + 1}
@@ -173,7 +177,7 @@ def end_day(
             outcome="done",
             wall_seconds=meter.wall,
             cpu_seconds=meter.cpu,
-            bytes=0,
+            bytes=grown,
             started_at=now(),
         )
         connection.execute(line.on_conflict_do_nothing())

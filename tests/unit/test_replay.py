@@ -96,6 +96,21 @@ def test_a_day_and_its_events_are_done_together_and_once(engine):
         assert connection.execute(select(outbox.c.attempts)).scalar_one() == 1
 
 
+def test_a_day_grows_the_home_by_what_its_forecast_and_monitor_do(engine):
+    for day, flow, grown in [
+        (0, "forecast", 3),
+        (0, "monitor", 4),
+        (0, RETRAIN, 9),
+        (1, "monitor", 5),
+    ]:
+        spent(engine, DAYS[day], flow, grown)
+    for day in DAYS[:3]:
+        replay.end_day(engine, "drift", "GOOG", day, [], Meter(1.0, 0.5))
+    with engine.connect() as connection:
+        query = select(costs.c.bytes).where(costs.c.flow == replay.DAY).order_by(costs.c.as_of)
+        assert connection.execute(query).scalars().all() == [7, 5, 0]
+
+
 @pytest.mark.parametrize(
     ("state", "settled"), [("promoted", True), ("skipped", True), ("running", False)]
 )
@@ -134,20 +149,20 @@ def ledger(engine, day, state, flow_run_id=""):
         )
 
 
-def spent(engine, day):
-    """A retrain of one minute with a minute and a half of CPU, as its flow writes it down."""
+def spent(engine, day, flow=RETRAIN, grown=0):
+    """A run of one minute with a minute and a half of CPU, as its flow writes it down."""
     with engine.begin() as connection:
         connection.execute(
             insert(costs).values(
                 id=str(uuid.uuid4()),
-                flow=RETRAIN,
+                flow=flow,
                 flow_run_id="x",
                 symbol="GOOG",
                 as_of=day,
                 outcome="promoted",
                 wall_seconds=60.0,
                 cpu_seconds=90.0,
-                bytes=0,
+                bytes=grown,
                 started_at=now(),
             )
         )
