@@ -78,9 +78,13 @@ def play_full(
 
 @contextmanager
 def _talking_to(stack: Stack) -> Iterator[None]:
-    """Prefect reads its environment once, when it is imported: before there was a stack."""
+    """Prefect reads its environment once, when it is imported: before there was a stack.
+
+    What runs in this process sends no heartbeats: a replay that is killed finds its own runs.
+    """
     from prefect.settings import (
         PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
         PREFECT_LOCAL_STORAGE_PATH,
         temporary_settings,
     )
@@ -90,6 +94,7 @@ def _talking_to(stack: Stack) -> Iterator[None]:
         {
             PREFECT_API_URL: told["PREFECT_API_URL"],
             PREFECT_LOCAL_STORAGE_PATH: Path(told["PREFECT_LOCAL_STORAGE_PATH"]),
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # to end one takes up to a second a flow
         }
     ):
         yield
