@@ -24,6 +24,7 @@ from prefect.events.schemas.events import Event
 from prefect.exceptions import ObjectNotFound
 from prefect.server.events.schemas.automations import EventTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.states import Crashed, Failed
 
 from deployments.automations import (
@@ -292,7 +293,7 @@ def test_only_runs_with_our_tag_are_judged(client: SyncPrefectClient, targets: T
     trigger = trigger_of(client, CRASHED)
     runs = {}
     for tag in (TAG, "perennial-but-not-ours"):
-        with tags(tag):
+        with tags(tag), temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: 30}):
             runs[tag] = watched(return_state=True).state_details.flow_run_id
     for name in ("prefect.flow-run.heartbeat", "prefect.flow-run.Completed"):
         assert name in trigger.expect
