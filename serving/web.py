@@ -27,6 +27,20 @@ HEALTH_SECONDS = 30
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
+class Supervisor(Multiprocess):
+    """One that hears of a worker's death at once, also while it waits for its answer.
+
+    uvicorn keeps an end of the pipe that the worker answers on. Then no death closes it, and one
+    that comes after the question is waited for as long as a silent worker.
+    """
+
+    def keep_subprocess_alive(self) -> None:
+        """Called twice a second; a worker has its own end since it was started."""
+        for process in self.processes:
+            process.child_conn.close()
+        super().keep_subprocess_alive()
+
+
 class Port(socket.socket):
     """A bound address that each worker listens on with a socket of its own.
 
@@ -95,7 +109,7 @@ def main(settings: Settings) -> int:
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     log.info("inference server on http://%s:%d", settings.host, settings.port)
-    supervisor = Multiprocess(config, sockets=[port])
+    supervisor = Supervisor(config, sockets=[port])
     supervisor.run()
     failed = any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes)
     return 1 if failed else 0

@@ -16,6 +16,7 @@ import pytest
 
 from forecasting.predictions import Prediction, open_segments
 from forecasting.registry import PRODUCTION, Registry
+from serving.web import HEALTH_SECONDS
 from tests.models import write_model_folder
 from tests.serving.running import (
     FORECASTER,
@@ -84,6 +85,19 @@ def test_a_killed_worker_is_replaced_and_loses_nothing_that_it_answered(tmp_path
             until(lambda: len(workers(server) - before) == 2, "two new workers")
         assert server.stop() == 0
     assert set(answered) <= {record.id for record in spooled(tmp_path)}
+
+
+def test_a_worker_that_is_killed_while_it_is_asked_for_its_health_is_replaced_at_once(tmp_path):
+    install(tmp_path, 1)
+    with web(tmp_path, web_workers=2) as server:
+        until(lambda: len(workers(server)) == 2, "both workers")
+        before = workers(server)
+        silent = psutil.Process(min(before))
+        silent.suspend()
+        time.sleep(2)  # the supervisor asks twice a second, and waits for this one now
+        silent.kill()
+        until(lambda: len(workers(server) | before) == 3, "another worker", HEALTH_SECONDS / 2)
+        assert server.stop() == 0
 
 
 def test_sighup_replaces_the_workers_one_by_one(tmp_path):
